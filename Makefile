@@ -1,0 +1,50 @@
+# Everything needs Python 3.11+, pip, make and a C++ compiler; nvcc is used when found.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WEIGHTS := .models/smollm2-135m
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow lint gpu bench setup weights clean
+
+setup: $(VENV)/.ready
+
+# torch first and alone: pip then takes the build that fits this machine, and nothing replaces it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): a few minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# Hugging Face's kernels, beside the environment: a test runs with it and without it.
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/hf-kernels --upgrade kernels tomlkit
+	@touch $@
+
+# Real weights for the demo's second act and some tests; everything else works without them.
+weights: $(VENV)/.ready
+	@test -d $(WEIGHTS) || $(BIN)/python -m s1fast.recipes.fetch_smollm2 $(WEIGHTS) \
+	  || echo "SmolLM2-135M could not be fetched: the demo ends after its first act, tests on real weights skip"
+
+demo: weights
+	@$(BIN)/s1fast demo
+
+test: weights
+	$(PYTEST) -q -m "not slow and not gpu" --durations=20
+
+test-slow: weights
+	$(PYTEST) -q -m "slow and not gpu" --durations=20
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# On a machine with a GPU, straight from the checkout with its own Python: nothing is installed.
+gpu:
+	$(PYTHON) -m pytest -q -m gpu --durations=20
+	$(MAKE) bench
+
+bench:
+	$(PYTHON) -m s1fast.bench.roofs
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info

@@ -1,0 +1,258 @@
+"""The command s1fast: parses, prints and calls; no logic of its own.
+
+Torch is imported inside the commands only, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from s1fast.errors import InputError
+
+if TYPE_CHECKING:
+    from s1fast.decoder import Completion, Piece
+
+HELP = """\
+s1fast: the s1 recipe for test-time scaling, made fast
+
+usage: s1fast COMMAND [arguments]      s1fast COMMAND --help
+
+Train
+  train RECIPE.toml [--key value ...]  fine-tune all weights on reasoning traces
+  export RUN TARGET                    write the newest snapshot of a run as a Hugging Face folder
+
+Generate
+  generate MODEL --prompt TEXT         think under a budget, then answer; streams
+  demo                                 train a tiny reasoning model and watch accuracy rise with
+                                       thinking, then decode real weights: two minutes on a laptop
+
+Examples
+  s1fast train recipes/smollm2-gsm8k-cpu.toml --data.preview 2
+  s1fast train recipes/smollm2-gsm8k-cpu.toml --output out/mine --optim.lr 2e-5
+  s1fast generate out/mine/hf --prompt "What is 17 + 25?" --max-thinking-tokens 200 \\
+      --num-ignore 2 --ignore-text Wait
+
+MODEL is a folder in Hugging Face format (Qwen2, Qwen2.5 or Llama architecture) or a hub id.
+Bad input ends with one line on stderr and exit code 2, before anything is overwritten.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Think under a budget, then answer. Thinking is dimmed, interventions are marked."""
+
+    prompt: str
+    """The user's question."""
+    max_thinking_tokens: str = "auto"
+    """Most thinking tokens: a count, auto (what the context leaves), or none."""
+    min_thinking_tokens: int = 0
+    """Thinking cannot end before this many tokens."""
+    num_ignore: int | None = None
+    """How many times the end of thinking is ignored."""
+    ignore_text: tuple[str, ...] = ("Wait",)
+    """Appended for each ignored end; several are used in turn."""
+    final_text: str = "Final Answer:"
+    """Appended after the answer marker when thinking is cut."""
+    accounting: Literal["total", "harness"] = "total"
+    """Whether the maximum holds for all thinking, or for each round as in s1's harness."""
+    no_thinking: bool = False
+    """Answer at once, without budget or markers."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Sample among the k likeliest; 0 for all."""
+    top_p: float = 1.0
+    """Sample among the likeliest that together have this probability."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest."""
+    seed: int = 0
+    """Seed of the draws."""
+    max_tokens: int | None = None
+    """Most tokens generated in all; the whole context unless given."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision; auto is bfloat16 on GPU and float32 on CPU."""
+    json: bool = False
+    """Print one JSON object at the end instead of streaming."""
+
+
+def main() -> None:
+    """Entry point: dispatches to a command and turns the user's mistakes into one line."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from s1fast import __version__
+
+        print(__version__)
+        return
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "export": _export,
+        "generate": _generate,
+        "demo": _demo,
+    }
+    command = commands.get(arguments[0])
+    try:
+        if command is None:
+            raise InputError(f"no command {arguments[0]!r}; there are {', '.join(commands)}")
+        command(arguments[1:])
+    except InputError as error:
+        print(f"s1fast: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("s1fast: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _positional(arguments: list[str], count: int, usage: str) -> list[str]:
+    """Takes the leading arguments that are no flags; tyro parses the rest."""
+    wanted = arguments[:count]
+    if "-h" in arguments or "--help" in arguments:
+        return [argument for argument in wanted if not argument.startswith("-")]
+    if len(wanted) < count or any(argument.startswith("-") for argument in wanted):
+        raise InputError(f"usage: s1fast {usage}")
+    return wanted
+
+
+def _train(arguments: list[str]) -> None:
+    import tyro
+
+    from s1fast.config import TrainConfig, load_recipe
+
+    usage = "train RECIPE.toml [--key value ...]"
+    recipe = _positional(arguments, 1, usage)
+    default = load_recipe(Path(recipe[0])) if recipe else TrainConfig()
+    config = tyro.cli(
+        TrainConfig,
+        default=default,
+        args=arguments[len(recipe) :],
+        prog=f"s1fast {usage.split(' [')[0]}",
+    )
+    from s1fast.trainer import train
+
+    train(config)
+
+
+def _export(arguments: list[str]) -> None:
+    run, target = _positional(arguments, 2, "export RUN TARGET") or sys.exit(print(HELP))
+    from s1fast.trainer import export
+
+    print(export(Path(run), Path(target)))
+
+
+def _generate(arguments: list[str]) -> None:
+    import tyro
+
+    usage = "generate MODEL --prompt TEXT"
+    model = _positional(arguments, 1, usage)
+    config = tyro.cli(
+        GenerateConfig, args=arguments[len(model) :], prog=f"s1fast {usage.split(' --')[0]}"
+    )
+    longest = config.max_thinking_tokens
+    limit: Any = longest
+    if longest == "none":
+        limit = None
+    elif longest != "auto":
+        try:
+            limit = int(longest)
+        except ValueError:
+            raise InputError(
+                f"--max-thinking-tokens: {longest!r} is no count, nor auto, nor none"
+            ) from None
+    from s1fast.budget import Budget
+    from s1fast.decoder import Engine, SamplingParams
+
+    budget = Budget(
+        max_thinking_tokens=limit,
+        min_thinking_tokens=config.min_thinking_tokens,
+        num_ignore=config.num_ignore,
+        ignore_text=config.ignore_text,
+        final_text=config.final_text,
+        accounting=config.accounting,
+    )
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
+    params = SamplingParams(**values)
+    engine = Engine(model[0], device=config.device, dtype=config.dtype)
+    stream = engine.stream(config.prompt, params, None if config.no_thinking else budget)
+    print_stream(stream, as_json=config.json)
+
+
+def print_stream(stream: Any, *, as_json: bool = False) -> Completion:
+    """Prints pieces as they come: thinking dimmed, interventions marked; then one line of totals."""
+    import time
+
+    from rich.console import Console
+
+    from s1fast.decoder import Completion
+
+    console = Console(highlight=False, soft_wrap=True)
+    began = time.perf_counter()
+    for item in stream:
+        if isinstance(item, Completion):
+            _print_totals(item, time.perf_counter() - began, console, as_json)
+            return item
+        if not as_json:
+            _print_piece(item, console)
+    raise AssertionError("a stream ends with its Completion")
+
+
+STYLES = {"thinking": "dim", "ignore": "bold yellow", "end": "bold cyan", "answer": ""}
+
+
+def _print_piece(piece: Piece, console: Any) -> None:
+    text = piece.text
+    if piece.kind in ("ignore", "end") and not console.is_terminal:
+        text = f"[{text}]"  # without colours the mark is a pair of brackets
+    console.print(text, style=STYLES[piece.kind], end="", markup=False)
+
+
+def _print_totals(done: Completion, wall_s: float, console: Any, as_json: bool) -> None:
+    count = len(done.token_ids)
+    if as_json:
+        values = dataclasses.asdict(done)
+        del values["index"], values["sample"]
+        print(json.dumps({**values, "wall_s": wall_s}))
+        return
+    console.print(
+        f"\n{count} tokens, {done.thinking_tokens} of them thinking; {done.waits_used} waits; "
+        f"thinking ended: {done.thinking_end}; finish: {done.finish_reason}; "
+        f"{count / wall_s:.1f} tok/s",
+        style="italic",
+    )
+
+
+def _demo(arguments: list[str]) -> None:
+    import tyro
+
+    def demo(
+        task: Annotated[
+            Literal["map", "search"], tyro.conf.arg(help="map: seconds; search: minutes.")
+        ] = "map",
+        seed: int = 0,
+        output: Path = Path("out/demo"),
+        weights: Path = Path(".models/smollm2-135m"),
+    ) -> None:
+        """Train a tiny reasoning model, decode it under budgets, then decode real weights."""
+        from s1fast.demo import run
+
+        run(task, seed=seed, output=output, weights=weights)
+
+    tyro.cli(demo, args=arguments, prog="s1fast demo")
+
+
+__all__: Sequence[str] = ["GenerateConfig", "main", "print_stream"]

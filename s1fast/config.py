@@ -1,0 +1,287 @@
+"""The configuration of a training run: frozen dataclasses <- TOML recipe <- command line.
+
+A recipe is a TOML file with the names below; an unknown one is an error that suggests the nearest.
+The resolved configuration is written to the run's folder and is itself a recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from s1fast.errors import InputError
+from s1fast.files import read_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on."""
+
+    path: str = ""
+    """JSONL or Parquet file, a folder of them, or a Hugging Face dataset id."""
+    split: str = "train"
+    """Split to take where the file names tell splits apart."""
+    teacher: Literal["deepseek", "gemini"] = "deepseek"
+    """Whose columns to take where a row has both, as s1K-1.1 does."""
+    max_length: int = 32768
+    """Longest sequence in tokens; a longer one is an error unless drop_long."""
+    drop_long: bool = False
+    """Leave out sequences above max_length, and say how many."""
+    loss_weight: Literal["sample", "token"] = "sample"
+    """Every sequence weighs the same, as in s1's run, or every token does."""
+    preview: int = 0
+    """Print this many samples with the masked tokens dimmed, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule; the defaults are s1's."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 1e-4
+    """Decoupled decay of matrices; biases and norms have none."""
+    warmup_ratio: float = 0.05
+    """Share of the steps spent in linear warm-up; a cosine to zero follows."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    every: int = 100
+    """Steps between snapshots; 0 for none."""
+    keep: int = 2
+    """How many of the newest snapshots to keep."""
+    resume: bool = False
+    """Go on from the newest whole snapshot in the output folder, if there is one."""
+    export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the exported Hugging Face folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is told of a run."""
+
+    every: int = 1
+    """Steps between console lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    dollars_per_hour: float = 0.0
+    """Price of one device for an hour; shown as cost when given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fine-tune all weights of a model on reasoning traces."""
+
+    model: str = ""
+    """Folder in Hugging Face format, or a hub id."""
+    output: Path = Path("out/run")
+    """Folder for snapshots, logs, the resolved recipe and the exported model."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from the folder's weights, or from random ones of its config."""
+    seed: int = 0
+    """Seed of the data order and of random weights."""
+    epochs: int = 5
+    """Passes over the data."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps; 0 for all. The schedule is laid over them."""
+    batch_size: int = 16
+    """Sequences in an optimizer step."""
+    microbatch_tokens: int = 32768
+    """Tokens in one packed forward and backward pass; a step takes as many passes as it needs."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic; weights and moments are fp32 always. auto: bfloat16 on GPU, float32 on CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def check(config: TrainConfig) -> None:
+    """Raises an InputError that names the first field whose value cannot work."""
+    o = config.optim
+    rules = [
+        ("model", bool(config.model), "a folder or hub id is needed"),
+        ("data.path", bool(config.data.path), "a file, folder or hub id is needed"),
+        ("seed", 0 <= config.seed < 1 << 63, "must be in 0..2^63-1"),
+        ("epochs", config.epochs >= 1, "must be at least 1"),
+        ("max_steps", config.max_steps >= 0, "must not be negative"),
+        ("batch_size", config.batch_size >= 1, "must be at least 1"),
+        ("microbatch_tokens", config.microbatch_tokens >= 1, "must be at least 1"),
+        ("data.max_length", config.data.max_length >= 2, "must be at least 2"),
+        ("data.preview", config.data.preview >= 0, "must not be negative"),
+        ("optim.lr", 0 <= o.lr < math.inf, "must be a number from 0"),
+        ("optim.betas", all(0 <= b < 1 for b in o.betas), "must lie in [0, 1)"),
+        ("optim.eps", 0 < o.eps < math.inf, "must be positive"),
+        ("optim.weight_decay", 0 <= o.weight_decay < math.inf, "must be a number from 0"),
+        ("optim.warmup_ratio", 0 <= o.warmup_ratio <= 1, "must lie in [0, 1]"),
+        ("optim.clip_norm", o.clip_norm > 0, "must be positive"),
+        ("checkpoint.every", config.checkpoint.every >= 0, "must not be negative"),
+        ("checkpoint.keep", config.checkpoint.keep >= 1, "must be at least 1"),
+        ("log.every", config.log.every >= 1, "must be at least 1"),
+        ("log.dollars_per_hour", config.log.dollars_per_hour >= 0, "must not be negative"),
+    ]
+    for name, holds, rule in rules:
+        if not holds:
+            raise InputError(f"{name}: {rule}, got {_value(config, name)!r}")
+
+
+def load_recipe(path: Path) -> TrainConfig:
+    """Reads a TOML recipe. Raises an InputError that names the file and the key."""
+    try:
+        tree = tomllib.loads(read_bytes(path).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    return _build(TrainConfig, tree, str(path), "")
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The configuration as a recipe: reading it back gives an equal one."""
+    top, tables = [], []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            lines = [
+                f"{g.name} = {_literal(getattr(value, g.name))}" for g in dataclasses.fields(value)
+            ]
+            tables.append("\n".join([f"[{f.name}]", *lines]))
+        else:
+            top.append(f"{f.name} = {_literal(value)}")
+    return "\n\n".join(["\n".join(top), *tables]) + "\n"
+
+
+_FREE = {
+    "output",
+    "log",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.resume",
+    "data.preview",
+}
+"""Fields that may differ between a run and its resumption: they do not change the mathematics."""
+
+
+def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
+    """Lines 'field: ours, was theirs' for fields that change the result of a run."""
+    lines = []
+    for name in field_names(TrainConfig):
+        a, b = _value(ours, name), _value(theirs, name)
+        if a != b and name not in _FREE and name.split(".")[0] not in _FREE:
+            lines.append(f"{name}: {a!r}, was {b!r}")
+    return lines
+
+
+def field_names(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a configuration class."""
+    names = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            names += field_names(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+_SPELLINGS = {  # names that other trainers use
+    "learning_rate": "optim.lr",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "microbatch_tokens",
+    "max_grad_norm": "optim.clip_norm",
+    "output_dir": "output",
+    "train_file_path": "data.path",
+    "block_size": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "save_steps": "checkpoint.every",
+    "model_name": "model",
+}
+
+
+def _build(cls: Any, tree: dict[str, Any], where: str, prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise InputError(f"{where}: unknown key {prefix}{key}; {_suggest(key, prefix)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: {prefix}{key} must be a table")
+            values[key] = _build(hints[key], value, where, f"{prefix}{key}.")
+        else:
+            values[key] = _convert(hints[key], value, f"{where}: {prefix}{key}")
+    return cls(**values)
+
+
+def _suggest(key: str, prefix: str) -> str:
+    names = field_names(TrainConfig)
+    if key in _SPELLINGS:
+        return f"did you mean {_SPELLINGS[key]}?"
+    near = difflib.get_close_matches(prefix + key, names, 1, 0.5) or [
+        name for name in names if name.split(".")[-1] == key
+    ]
+    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """The TOML value as the field's type; whole numbers pass as floats, nothing else is bent."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments or type(value) is not str:
+            raise InputError(f"{where} must be one of {', '.join(arguments)}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or len(value) != len(arguments):
+            raise InputError(f"{where} must be a list of {len(arguments)}, got {value!r}")
+        pairs = zip(arguments, value, strict=True)
+        return tuple(_convert(inner, item, where) for inner, item in pairs)
+    if hint is Path and isinstance(value, str) and "\0" not in value:
+        return Path(value)
+    if hint is float and type(value) is int and abs(value) < 1 << 53:
+        return float(value)
+    if type(value) is not hint:
+        raise InputError(f"{where} must be of type {_type_name(hint)}, got {value!r}")
+    if hint is str and "\0" in value:
+        raise InputError(f"{where} holds a NUL character")
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type | types.GenericAlias) else str(hint)
+
+
+def _value(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    if isinstance(value, str | Path):
+        escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+        return (
+            '"'
+            + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped)
+            + '"'
+        )
+    return repr(value)

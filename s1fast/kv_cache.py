@@ -1,0 +1,96 @@
+"""Keys and values of running rows: one contiguous stretch a row, grown by doubling.
+
+A row's newest entries can be taken back by writing over them: the caller says at which position
+each token of a step lies, and everything beyond a row's last written position is unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s1fast.kernels.packed_attention import packed_attention
+from s1fast.model import ModelConfig
+
+
+class KVCache:
+    """Cache of rows 0 .. B - 1. Before each forward pass `plan` tells what it will bring.
+
+    Layout: k and v are (L, B, N, S, K), so that a row's head is contiguous.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_rows: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        n, k = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, num_rows, n, 0, k)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+
+    def plan(self, starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Row b brings lengths[b] tokens at positions starts[b], starts[b] + 1, ..."""
+        device = self.k.device
+        stops = [start + length for start, length in zip(starts, lengths, strict=True)]
+        self._reserve(max(stops))
+        longest = max(lengths)
+        self._fresh = not any(starts)
+        self._lengths, self._longest, self._max_stop = lengths, longest, max(stops)
+        self._cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(
+            0, dtype=torch.int32
+        )
+        length_B = torch.tensor(lengths, device=device)
+        start_B = torch.tensor(starts, device=device)
+        row_T = torch.arange(len(lengths), device=device).repeat_interleave(length_B)
+        slot_T = torch.arange(len(row_T), device=device)
+        slot_T = slot_T - (length_B.cumsum(0) - length_B)[row_T]  # place in its row's step
+        self._row_T, self._slot_T, self._position_T = row_T, slot_T, start_B[row_T] + slot_T
+        self._seen_BCS = None
+        if not self._fresh and (longest > 1 or min(stops) < self._max_stop):
+            # Query i of row b sees keys up to its own position; a slot beyond its step sees key 0.
+            last_BC = start_B[:, None] + torch.arange(longest, device=device)
+            last_BC = torch.where(last_BC < start_B[:, None] + length_B[:, None], last_BC, 0)
+            self._seen_BCS = torch.arange(self._max_stop, device=device) <= last_BC[..., None]
+
+    @property
+    def positions_T(self) -> Tensor:
+        """Position of each token of the planned step in its own row."""
+        return self._position_T
+
+    def attend(self, layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
+        """Stores the step's keys and values, and attends over everything before."""
+        k_BNSK, v_BNSK = self.k[layer], self.v[layer]
+        k_BNSK[self._row_T, :, self._position_T] = k_TNK
+        v_BNSK[self._row_T, :, self._position_T] = v_TNK
+        if self._fresh:
+            return packed_attention(q_THK, k_TNK, v_TNK, self._cu_seqlens, self._longest)
+        num_rows = len(self._lengths)
+        heads, kv_heads, width = q_THK.shape[1], k_TNK.shape[1], q_THK.shape[2]
+        groups = heads // kv_heads
+        # The query heads of a group share keys and masks: they are one longer row of queries.
+        q = q_THK.new_zeros(num_rows, self._longest, kv_heads, groups, width)
+        q[self._row_T, self._slot_T] = q_THK.unflatten(1, (kv_heads, groups))
+        q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mask = None
+        if self._seen_BCS is not None:
+            mask = self._seen_BCS[:, None, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+        k = k_BNSK[:num_rows, :, : self._max_stop]
+        v = v_BNSK[:num_rows, :, : self._max_stop]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = out.unflatten(2, (groups, self._longest)).permute(0, 3, 1, 2, 4)
+        return out[self._row_T, self._slot_T].flatten(1, 2)
+
+    def move(self, source: int, target: int) -> None:
+        """Row `target` becomes a copy of row `source`."""
+        self.k[:, target] = self.k[:, source]
+        self.v[:, target] = self.v[:, source]
+
+    def _reserve(self, length: int) -> None:
+        held = self.k.shape[3]
+        if length <= held:
+            return
+        grow = max(length, 2 * held, 256) - held
+        self.k = F.pad(self.k, (0, 0, 0, grow))
+        self.v = F.pad(self.v, (0, 0, 0, grow))

@@ -1,0 +1,351 @@
+"""The training loop on one device: fp32 masters, packed streams, exact resume.
+
+A step: pack the batch on the host, one forward and backward per stream, clip, AdamW. Its metrics
+stay on the device and are read one step later, so the host is never waited for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from s1fast import snapshot
+from s1fast.chat import Chat, Example
+from s1fast.checkpoint import load_weights, read_config, save_model
+from s1fast.config import TrainConfig, check, differences, load_recipe, to_toml
+from s1fast.errors import InputError
+from s1fast.files import make_directory, write_atomic
+from s1fast.hub import find
+from s1fast.kernels.packed_attention import packed_attention
+from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
+from s1fast.model import Model
+from s1fast.optimizer import clip_gradients, learning_rate, make_adamw, set_learning_rate
+from s1fast.packing import PackedBatch, label_counts, pack_batch, step_indices, steps_per_epoch
+from s1fast.rows import load_examples
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Metrics of a step, still on the device."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+class Trainer:
+    """Model, optimizer and data of a run; `step` advances all three."""
+
+    def __init__(
+        self, config: TrainConfig, model: Model, examples: list[Example], device: torch.device
+    ) -> None:
+        self.config, self.model, self.examples, self.device = config, model, examples, device
+        self.optimizer = make_adamw(model, config.optim)
+        self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
+        total = self.steps_per_epoch * config.epochs
+        self.num_steps = min(total, config.max_steps) if config.max_steps else total
+
+    def batch(self, step: int) -> list[Example]:
+        """The sequences of optimizer step 0, 1, ..."""
+        chosen = step_indices(len(self.examples), self.config.batch_size, self.config.seed, step)
+        return [self.examples[i] for i in chosen]
+
+    def step(self, step: int) -> StepResult:
+        """Trains on one batch and updates the weights."""
+        c = self.config
+        set_learning_rate(self.optimizer, learning_rate(step, self.num_steps, c.optim))
+        loss = torch.zeros((), device=self.device)
+        for stream in pack_batch(self.batch(step), c.data.loss_weight, c.microbatch_tokens):
+            partial = stream_loss(self.model, stream.to(self.device))
+            partial.backward()
+            loss += partial.detach()
+        grad_norm = clip_gradients(self.model, c.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, grad_norm)
+
+    # -- resumable state --------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name; the rest of it is the number of steps taken."""
+        named = {}
+        for name, parameter in self.model.named_parameters():
+            named[f"param/{name}"] = parameter.data
+            state = self.optimizer.state[parameter]
+            for moment in _MOMENTS:
+                if moment not in state:
+                    state[moment] = torch.zeros_like(parameter)
+                named[f"{moment}/{name}"] = state[moment]
+        return named
+
+    def restore(self, saved: snapshot.Snapshot) -> None:
+        """Takes weights, moments and step count from a snapshot."""
+        for name, target in self.tensors().items():
+            saved.read(name, target)
+        for state in self.optimizer.state.values():
+            state["step"] = torch.tensor(float(saved.step), device=self.device)
+
+    def facts(self) -> dict[str, object]:
+        """What a resuming run must have in common with the saved one, beyond its recipe."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(np.asarray(example.ids, np.int64).tobytes())
+            digest.update(np.asarray(example.labelled, bool).tobytes())
+        return {"data_sha256": digest.hexdigest(), "num_steps": self.num_steps}
+
+
+def stream_loss(model: Model, stream: PackedBatch) -> Tensor:
+    """Weighted loss of one packed stream."""
+
+    def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
+        return packed_attention(q_THK, k_TNK, v_TNK, stream.cu_seqlens, stream.max_seqlen)
+
+    hidden_TD = model(stream.ids_T, stream.positions_T, attend)
+    return model.loss(hidden_TD, stream.label_T, stream.loss_weight_T, stream.valid_rows)
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Path:
+    """Runs a recipe to its end.
+
+    Returns:
+        The exported Hugging Face folder, output/hf.
+
+    Raises:
+        InputError: whatever is wrong with recipe, model, data or output folder, before anything is
+            written there; a loss that is no longer finite.
+    """
+    console = console or Console()
+    check(config)
+    device, dtype = _device(config), _dtype(config)
+    source = find(config.model)
+    chat, model_config = Chat.load(source), read_config(source)
+    if chat.vocab_size > model_config.vocab_size:
+        raise InputError(
+            f"{source}: tokenizer.json has ids up to {chat.vocab_size - 1}, but config.json's "
+            f"vocab_size is {model_config.vocab_size}"
+        )
+    examples, num_dropped = load_examples(config.data, chat, model_config.max_position_embeddings)
+    if config.data.preview:
+        preview(examples[: config.data.preview], chat, console)
+        return source
+    _check_output(config)
+    with torch.device("meta"):
+        model = Model(model_config, compute_dtype=dtype)
+    model.materialise(device, torch.float32)
+    if config.init == "random":
+        model.init_random(config.seed)
+    else:
+        load_weights(model, source)
+    trainer = Trainer(config, model, examples, device)
+    make_directory(config.output)
+    start = _resume(trainer, console)
+    write_atomic(config.output / "config.toml", to_toml(config))
+    _print_facts(trainer, num_dropped, console)
+    if start < trainer.num_steps:
+        _loop(trainer, start, console)
+    plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
+    target = config.output / "hf"
+    if not target.exists():
+        save_model(model, source, target, getattr(torch, config.checkpoint.export_dtype))
+    console.print(f"model  {target}\nplot   {config.output / 'loss.png'}", highlight=False)
+    return target
+
+
+def export(run: Path, target: Path) -> Path:
+    """Writes the newest snapshot of a run as a Hugging Face folder and returns it."""
+    recipe = run / "config.toml"
+    if not recipe.exists():
+        raise InputError(f"{run}: no config.toml there, so it is no training run")
+    config = load_recipe(recipe)
+    saved, warnings = snapshot.newest(run / "snapshots")
+    if saved is None:
+        raise InputError(f"{run}: no whole snapshot there{': ' if warnings else ''}{warnings[:1]}")
+    source = find(config.model)
+    with torch.device("meta"):
+        model = Model(read_config(source))
+    model.materialise(torch.device("cpu"), torch.float32)
+    for name, parameter in model.named_parameters():
+        saved.read(f"param/{name}", parameter.data)
+    save_model(model, source, target, getattr(torch, config.checkpoint.export_dtype))
+    return target
+
+
+def _loop(trainer: Trainer, start: int, console: Console) -> None:
+    c = trainer.config
+    peak, source = peak_tflops(trainer.device, trainer.model.compute_dtype)
+    console.print(
+        f"MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / {peak:.3g} TFLOP/s ({source})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    log = RunLog(
+        c.output,
+        console,
+        num_steps=trainer.num_steps,
+        start=start,
+        every=c.log.every,
+        board=c.log.tensorboard,
+    )
+    with log:
+        began = last = time.perf_counter()
+        pending: tuple[int, StepResult] | None = None
+
+        def report() -> None:
+            """Reads the pending step's metrics: the loop's only wait for the device."""
+            nonlocal last
+            if pending is None:
+                return
+            step, result = pending
+            loss, grad_norm = float(result.loss), float(result.grad_norm)
+            now = time.perf_counter()
+            if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+                raise InputError(
+                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped, "
+                    "the snapshots are from before; a lower optim.lr may help"
+                )
+            timing = (now - last, (now - began) / (step + 1 - start), now - began)
+            log.write(_record(trainer, step, loss, grad_norm, timing, peak))
+            last = now
+
+        for step in range(start, trainer.num_steps):
+            result = trainer.step(step)
+            report()
+            pending = (step, result)
+            done = step + 1
+            if c.checkpoint.every and (done % c.checkpoint.every == 0 or done == trainer.num_steps):
+                report()  # a snapshot of a diverged run is never written
+                pending = None
+                folder = c.output / "snapshots"
+                make_directory(folder)
+                snapshot.save(folder, done, trainer.tensors(), trainer.facts(), c.checkpoint.keep)
+                last = time.perf_counter()
+        report()
+
+
+def _record(
+    trainer: Trainer,
+    step: int,
+    loss: float,
+    grad_norm: float,
+    timing: tuple[float, float, float],
+    peak: float,
+) -> StepRecord:
+    step_s, mean_s, elapsed_s = timing
+    batch = trainer.batch(step)
+    seqlens = [len(example.ids) for example in batch]
+    num_labels = sum(label_counts(batch))
+    tflops = train_flops(trainer.model.config, seqlens, num_labels) / step_s / 1e12
+    price = trainer.config.log.dollars_per_hour
+    return StepRecord(
+        step=step + 1,
+        epoch=(step + 1) / trainer.steps_per_epoch,
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=learning_rate(step, trainer.num_steps, trainer.config.optim),
+        tokens=sum(seqlens),
+        labels=num_labels,
+        step_s=step_s,
+        tokens_per_s=sum(seqlens) / step_s,
+        tflops=tflops,
+        mfu=tflops / peak,
+        eta_s=mean_s * (trainer.num_steps - step - 1),
+        dollars=price * elapsed_s / 3600,
+    )
+
+
+def _device(config: TrainConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for, but torch sees no CUDA device")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(found if config.device == "auto" else config.device)
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if _device(config).type == "cuda" else torch.float32
+
+
+def _check_output(config: TrainConfig) -> None:
+    """Refuses a folder that holds anything but this very run, resumed."""
+    output = config.output
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise InputError(f"output: {output} is a file; name a folder")
+    if not any(output.iterdir()):
+        return
+    saved = output / "config.toml"
+    if not saved.exists():
+        raise InputError(f"output: {output} holds other files; choose a new or empty folder")
+    if not config.checkpoint.resume:
+        raise InputError(
+            f"output: {output} holds a run already; choose another folder, or go on with it: "
+            "--checkpoint.resume"
+        )
+    changed = differences(config, load_recipe(saved))
+    if changed:
+        raise InputError(f"output: {output} holds a run of another recipe: {'; '.join(changed)}")
+
+
+def _resume(trainer: Trainer, console: Console) -> int:
+    """Steps already taken: those of the newest whole snapshot, when resuming."""
+    config = trainer.config
+    if not config.checkpoint.resume:
+        return 0
+    saved, warnings = snapshot.newest(config.output / "snapshots")
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    if saved is None:
+        return 0
+    facts = trainer.facts()
+    for name, value in facts.items():
+        if saved.facts.get(name) != value:
+            raise InputError(
+                f"{saved.folder}: {name} was {saved.facts.get(name)}, now it is {value}; the data "
+                "or the schedule has changed, so this would be another run"
+            )
+    trainer.restore(saved)
+    console.print(f"resuming after step {saved.step}", highlight=False)
+    return saved.step
+
+
+def _print_facts(trainer: Trainer, num_dropped: int, console: Console) -> None:
+    c, examples = trainer.config, trainer.examples
+    tokens = sum(len(example.ids) for example in examples)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    left_out = f", {num_dropped} left out as too long" if num_dropped else ""
+    console.print(
+        f"model  {c.model}, {parameters:,} parameters, {trainer.device} "
+        f"{trainer.model.compute_dtype}\n"
+        f"data   {len(examples):,} sequences, {tokens:,} tokens, "
+        f"{sum(label_counts(examples)):,} with loss{left_out}\n"
+        f"run    {trainer.num_steps} steps of {c.batch_size}, {trainer.steps_per_epoch} an epoch",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def preview(examples: list[Example], chat: Chat, console: Console) -> None:
+    """Prints samples as the model sees them, the tokens without loss dimmed."""
+    for example in examples:
+        text = Text()
+        start = 0
+        for i in range(1, len(example.ids) + 1):
+            if i == len(example.ids) or example.labelled[i] != example.labelled[start]:
+                style = "" if example.labelled[start] else "dim"
+                text.append(chat.decode(example.ids[start:i]), style=style)
+                start = i
+        console.rule(example.where)
+        console.print(text, soft_wrap=True)
+        labels = sum(example.labelled)
+        console.print(f"{len(example.ids)} tokens, {labels} with loss", style="italic")

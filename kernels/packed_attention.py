@@ -50,7 +50,8 @@ def packed_attention(
             continue
         # (1, heads, tokens, K): four dimensions are what selects torch's fused CPU kernel.
         q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (q_THK, k_TNK, v_TNK))
-        k, v = (x.repeat_interleave(num_groups, dim=1) for x in (k, v))
+        if num_groups > 1:
+            k, v = (x.repeat_interleave(num_groups, dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale)
         outs.append(out[0].transpose(0, 1))
     outs.append(torch.zeros_like(q_THK[bounds[-1] :]))

@@ -5,18 +5,17 @@ Torch is imported inside the commands only, so that --help answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import io
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, Literal
 
 from s1fast.errors import InputError
-
-if TYPE_CHECKING:
-    from s1fast.decoder import Completion, Piece
 
 HELP = """\
 s1fast: the s1 recipe for test-time scaling, made fast
@@ -85,6 +84,20 @@ class GenerateConfig:
     """Print one JSON object at the end instead of streaming."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train a tiny reasoning model, decode it under budgets, then decode real weights."""
+
+    task: Literal["map", "search"] = "map"
+    """map takes seconds to learn, search minutes."""
+    seed: int = 0
+    """Seed of the problems and the weights."""
+    output: Path = Path("out/demo")
+    """Folder that is made anew, for the run and the scaling curve."""
+    weights: Path = Path(".models/smollm2-135m")
+    """Model folder for the second act."""
+
+
 def main() -> None:
     """Entry point: dispatches to a command and turns the user's mistakes into one line."""
     arguments = sys.argv[1:]
@@ -108,7 +121,8 @@ def main() -> None:
             raise InputError(f"no command {arguments[0]!r}; there are {', '.join(commands)}")
         command(arguments[1:])
     except InputError as error:
-        print(f"s1fast: error: {error}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else " " for c in str(error))
+        print(f"s1fast: error: {line}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
@@ -128,40 +142,58 @@ def _positional(arguments: list[str], count: int, usage: str) -> list[str]:
     return wanted
 
 
-def _train(arguments: list[str]) -> None:
+def _parse(cls: Any, arguments: list[str], prog: str, default: Any = None) -> Any:
+    """An object of that dataclass; of tyro's boxed complaint, the first paragraphs as one line."""
     import tyro
 
+    known = {} if default is None else {"default": default}
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.cli(cls, args=arguments, prog=prog, **known)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    text = re.sub(r"\x1b\[[\d;]*m", "", boxed.getvalue())
+    lines = [line.strip("│ ") for line in text.splitlines()[1:-1]]  # without the box's edges
+    said = " ".join("; " if set(line) == {"─"} else line for line in lines)
+    said = re.split(" ; +(?:Argument helptext|For full helptext)", said)[0].replace(" ; ", ";")
+    raise InputError(f"{said}; {prog} --help lists the flags")
+
+
+def _train(arguments: list[str]) -> None:
     from s1fast.config import TrainConfig, load_recipe
 
     usage = "train RECIPE.toml [--key value ...]"
     recipe = _positional(arguments, 1, usage)
     default = load_recipe(Path(recipe[0])) if recipe else TrainConfig()
-    config = tyro.cli(
-        TrainConfig,
-        default=default,
-        args=arguments[len(recipe) :],
-        prog=f"s1fast {usage.split(' [')[0]}",
-    )
+    prog = f"s1fast {usage.split(' [')[0]}"
+    config = _parse(TrainConfig, arguments[len(recipe) :], prog, default)
     from s1fast.trainer import train
 
     train(config)
 
 
 def _export(arguments: list[str]) -> None:
-    run, target = _positional(arguments, 2, "export RUN TARGET") or sys.exit(print(HELP))
+    usage = "export RUN TARGET"
+    if "-h" in arguments or "--help" in arguments:
+        print(
+            f"usage: s1fast {usage}\n\nWrite the newest snapshot of a run as a Hugging Face folder."
+        )
+        return
+    run, target = _positional(arguments, 2, usage)
+    if arguments[2:]:
+        raise InputError(f"usage: s1fast {usage}; {arguments[2]!r} is one too many")
     from s1fast.trainer import export
 
     print(export(Path(run), Path(target)))
 
 
 def _generate(arguments: list[str]) -> None:
-    import tyro
-
     usage = "generate MODEL --prompt TEXT"
     model = _positional(arguments, 1, usage)
-    config = tyro.cli(
-        GenerateConfig, args=arguments[len(model) :], prog=f"s1fast {usage.split(' --')[0]}"
-    )
+    prog = f"s1fast {usage.split(' --')[0]}"
+    config = _parse(GenerateConfig, arguments[len(model) :], prog)
     longest = config.max_thinking_tokens
     limit: Any = longest
     if longest == "none":
@@ -188,71 +220,14 @@ def _generate(arguments: list[str]) -> None:
     values = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
     params = SamplingParams(**values)
     engine = Engine(model[0], device=config.device, dtype=config.dtype)
+    from s1fast.console import print_stream
+
     stream = engine.stream(config.prompt, params, None if config.no_thinking else budget)
     print_stream(stream, as_json=config.json)
 
 
-def print_stream(stream: Any, *, as_json: bool = False) -> Completion:
-    """Prints pieces as they come: thinking dimmed, interventions marked; then one line of totals."""
-    import time
-
-    from rich.console import Console
-
-    from s1fast.decoder import Completion
-
-    console = Console(highlight=False, soft_wrap=True)
-    began = time.perf_counter()
-    for item in stream:
-        if isinstance(item, Completion):
-            _print_totals(item, time.perf_counter() - began, console, as_json)
-            return item
-        if not as_json:
-            _print_piece(item, console)
-    raise AssertionError("a stream ends with its Completion")
-
-
-STYLES = {"thinking": "dim", "ignore": "bold yellow", "end": "bold cyan", "answer": ""}
-
-
-def _print_piece(piece: Piece, console: Any) -> None:
-    text = piece.text
-    if piece.kind in ("ignore", "end") and not console.is_terminal:
-        text = f"[{text}]"  # without colours the mark is a pair of brackets
-    console.print(text, style=STYLES[piece.kind], end="", markup=False)
-
-
-def _print_totals(done: Completion, wall_s: float, console: Any, as_json: bool) -> None:
-    count = len(done.token_ids)
-    if as_json:
-        values = dataclasses.asdict(done)
-        del values["index"], values["sample"]
-        print(json.dumps({**values, "wall_s": wall_s}))
-        return
-    console.print(
-        f"\n{count} tokens, {done.thinking_tokens} of them thinking; {done.waits_used} waits; "
-        f"thinking ended: {done.thinking_end}; finish: {done.finish_reason}; "
-        f"{count / wall_s:.1f} tok/s",
-        style="italic",
-    )
-
-
 def _demo(arguments: list[str]) -> None:
-    import tyro
+    config = _parse(DemoConfig, arguments, "s1fast demo")
+    from s1fast.demo import run
 
-    def demo(
-        task: Annotated[
-            Literal["map", "search"], tyro.conf.arg(help="map: seconds; search: minutes.")
-        ] = "map",
-        seed: int = 0,
-        output: Path = Path("out/demo"),
-        weights: Path = Path(".models/smollm2-135m"),
-    ) -> None:
-        """Train a tiny reasoning model, decode it under budgets, then decode real weights."""
-        from s1fast.demo import run
-
-        run(task, seed=seed, output=output, weights=weights)
-
-    tyro.cli(demo, args=arguments, prog="s1fast demo")
-
-
-__all__: Sequence[str] = ["GenerateConfig", "main", "print_stream"]
+    run(config.task, seed=config.seed, output=config.output, weights=config.weights)

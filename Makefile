@@ -40,7 +40,7 @@ lint: $(VENV)/.ready
 
 # On a machine with a GPU, straight from the checkout with its own Python: nothing is installed.
 gpu:
-	$(PYTHON) -m pytest -q -m gpu --durations=20
+	$(PYTHON) -m pytest -q -W default -m gpu --durations=20
 	$(MAKE) bench
 
 bench:

@@ -196,8 +196,8 @@ def compile_program(
         longest = len(thinking) + limit - len(forced) - ANSWER_ROOM
         if longest < 0:
             raise InputError(
-                f"max_thinking_tokens 'auto': the prompt leaves {limit} tokens, the end of thinking "
-                f"and an answer need {len(forced) + ANSWER_ROOM}"
+                f"max_thinking_tokens 'auto': the prompt leaves {limit} tokens, the end of "
+                f"thinking and an answer need {len(forced) + ANSWER_ROOM}"
             )
     generated = 0 if longest is None else max(0, longest - len(thinking))
     needed = generated + len(newline) + len(forced)
@@ -209,6 +209,11 @@ def compile_program(
     if budget.min_thinking_tokens > len(thinking) + limit:
         raise InputError(
             f"min_thinking_tokens {budget.min_thinking_tokens} is above max_tokens {limit}"
+        )
+    if longest is not None and budget.min_thinking_tokens > longest:
+        raise InputError(
+            f"min_thinking_tokens {budget.min_thinking_tokens} is above what "
+            f"max_thinking_tokens 'auto' leaves, {longest}"
         )
     return Program(
         max_tokens=limit,
@@ -258,7 +263,7 @@ class Automaton:
         self.thinking_end: Literal["natural", "length"] | None = None
         self.finish_reason: Literal["stop", "length"] | None = None
         self._round = 0
-        self._first = program.mask_first
+        self._first = program.mask_first and not program.thought
         self._newline = program.newline_ended
 
     @property
@@ -352,7 +357,7 @@ class Automaton:
         self.phase, self.thinking_end = Phase.ANSWER, reason
         cut = 0
         if p.harness and p.max_thinking is not None:
-            cut = max(0, self.thinking - p.max_thinking)
+            cut = min(max(0, self.thinking - p.max_thinking), self.generated)  # never the prompt
         self.thinking -= cut
         self.generated -= cut
         ids = p.natural_ids

@@ -12,8 +12,9 @@ data/tokenization.py and train/sft.py). A prompt ends with
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,8 +55,17 @@ class Example:
 class Chat:
     """The tokenizer of a model folder with the model's own chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str, stop_ids: Sequence[int], where: str):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        stop_ids: Sequence[int],
+        where: str,
+        special_tokens: dict[str, str] | None = None,
+    ) -> None:
         self.tokenizer, self.template, self.where = tokenizer, template, where
+        self.special_tokens = special_tokens or {}
+        """Name -> text, as bos_token -> <s>: templates write them by name."""
         self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         """Ids from here on are padding of the embedding: never valid, never sampled."""
         self.stop_ids = frozenset(stop_ids)
@@ -67,21 +77,20 @@ class Chat:
         if not path.exists():
             raise InputError(f"{folder}: no tokenizer.json there")
         tokenizer = load_tokenizer(path)
-        return Chat(tokenizer, _template(folder), _stop_ids(folder, tokenizer), str(folder))
+        stop_ids, named = _stop_ids(folder, tokenizer), _special_tokens(folder)
+        return Chat(tokenizer, _template(folder), stop_ids, str(folder), named)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; special tokens written out in it become their ids."""
         return self._encoding(text).ids
 
     def _encoding(self, text: str) -> Encoding:
-        try:
+        with _named(self.where, "the tokenizer failed on a text"):
             return self.tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # a bare Exception is what the Rust side raises
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{self.where}: the tokenizer failed on a text: {reason}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        with _named(self.where, "the tokenizer failed on ids"):
+            return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation as text, by the model's own template.
@@ -89,7 +98,6 @@ class Chat:
         Raises:
             InputError: a template that fails, with its reason.
         """
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -97,8 +105,9 @@ class Chat:
                 conversations=[list(messages)],
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, RecursionError) as error:
+        except Exception as error:  # a template is a program: what it raises is its own
             raise InputError(f"{self.where}: the chat template failed: {error}") from None
         return rendered[0]
 
@@ -123,9 +132,9 @@ class Chat:
     @cached_property
     def ends_in_newline(self) -> frozenset[int]:
         """Ids whose text ends in a newline."""
-        texts = self.tokenizer.decode_batch(
-            [[i] for i in range(self.vocab_size)], skip_special_tokens=False
-        )
+        each = [[i] for i in range(self.vocab_size)]
+        with _named(self.where, "the tokenizer failed on ids"):
+            texts = self.tokenizer.decode_batch(each, skip_special_tokens=False)
         return frozenset(i for i, text in enumerate(texts) if text.endswith("\n"))
 
     # -- training examples ------------------------------------------------------------------
@@ -177,27 +186,37 @@ class TextStream:
     """Turns ids into text as they come, holding back bytes that do not end a character."""
 
     def __init__(self, chat: Chat) -> None:
-        self._tokenizer = chat.tokenizer
+        self._chat = chat
         self._stream = DecodeStream(skip_special_tokens=False)
 
     def push(self, ids: Sequence[int]) -> str:
-        pieces = (self._stream.step(self._tokenizer, i) for i in ids)
+        with _named(self._chat.where, "the tokenizer failed on ids"):
+            pieces = [self._stream.step(self._chat.tokenizer, i) for i in ids]
         return "".join(piece for piece in pieces if piece)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json; an InputError that names the file when it is broken."""
     data = read_bytes(path)
-    try:
+    with _named(str(path), "not a usable tokenizer"):
         tokenizer = Tokenizer.from_buffer(data)
         if not tokenizer.get_vocab_size(with_added_tokens=True):
             raise ValueError("its vocabulary is empty")
-        return tokenizer
+        tokenizer.no_padding()  # both may be left from another training: text is encoded whole
+        tokenizer.no_truncation()
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _named(where: str, what: str) -> Iterator[None]:
+    """What the Rust side raises, even a panic, which is a BaseException, as an InputError."""
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the Rust side raises Exception or a BaseException on a panic
+    except BaseException as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a usable tokenizer: {reason}") from None
+        raise InputError(f"{where}: {what}: {reason}") from None
 
 
 def _template(folder: Path) -> str:
@@ -210,13 +229,25 @@ def _template(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
     template = read_json_object(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):  # several named ones: "default" is what chat uses
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        entries = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = entries[0].get("template") if entries else None
     if template is None:
         return CHATML
     if not isinstance(template, str):
         raise InputError(f"{path}: chat_template must be text")
     return template
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """bos_token, eos_token and the like of tokenizer_config.json: texts, or objects of them."""
+    path = folder / "tokenizer_config.json"
+    config = read_json_object(path) if path.exists() else {}
+    texts = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name.endswith("_token")
+    }
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
@@ -265,19 +296,21 @@ def _messages(value: Any, where: str) -> list[Message]:
             )
         content = _string(item, "content", f"{where}: messages[{i}]")
         messages.append({"role": item["role"], "content": content})
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"{where}: messages[0] is the assistant's, but nothing was asked yet")
     return messages
 
 
 def _s1_messages(row: dict[str, Any], where: str, teacher: str) -> list[Message]:
-    if "thinking" in row:
+    if row.get("thinking") is not None:
         thinking, answer = _string(row, "thinking", where), _string(row, "answer", where)
-    elif "thinking_trajectories" in row:
+    elif row.get("thinking_trajectories") is not None:
         traces = row["thinking_trajectories"]
         if not isinstance(traces, list) or not all(isinstance(t, str) for t in traces):
             raise InputError(f"{where}: field thinking_trajectories must be a list of texts")
         thinking, answer = "\n".join(traces), _string(row, "attempt", where)
         thinking = _string({"thinking_trajectories": thinking}, "thinking_trajectories", where)
-    elif f"{teacher}_thinking_trajectory" in row:
+    elif row.get(f"{teacher}_thinking_trajectory") is not None:
         thinking = _string(row, f"{teacher}_thinking_trajectory", where)
         answer = _string(row, f"{teacher}_attempt", where)
     else:

@@ -151,21 +151,34 @@ def load_weights(model: Model, folder: Path) -> None:
     Raises:
         InputError: tensors that are missing, left over or of another shape, by name.
     """
+    reader = check_weights(model, folder)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for ours, stacked in layout(model.config).items():
+            for part in stacked:
+                parameters[ours][part.start : part.stop].copy_(reader.rows(part.name))
+
+
+def check_weights(model: Model, folder: Path) -> Reader:
+    """Opens a folder whose tensors fit the model, which may be on meta still.
+
+    Called before memory is taken for weights that a damaged config.json makes too large.
+    """
     reader = Reader(folder)
     table = layout(model.config)
     parts = [part for stacked in table.values() for part in stacked]
     _same_names(folder, {p.name for p in parts}, set(reader.file_of), model.config)
     parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for ours, stacked in table.items():
-            for part in stacked:
-                target = parameters[ours][part.start : part.stop]
-                if reader.shape(part.name) != tuple(target.shape):
-                    raise InputError(
-                        f"{folder / reader.file_of[part.name]}: {part.name} has shape "
-                        f"{list(reader.shape(part.name))}, config.json implies {list(target.shape)}"
-                    )
-                target.copy_(reader.rows(part.name))
+    for ours, stacked in table.items():
+        for part in stacked:
+            wanted = [part.stop - part.start, *parameters[ours].shape[1:]]
+            found = list(reader.shape(part.name))
+            if found != wanted:
+                raise InputError(
+                    f"{folder / reader.file_of[part.name]}: {part.name} has shape {found}, "
+                    f"config.json implies {wanted}"
+                )
+    return reader
 
 
 def _same_names(folder: Path, wanted: set[str], found: set[str], config: ModelConfig) -> None:
@@ -184,6 +197,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     config = read_config(folder)
     with torch.device("meta"):
         model = Model(config, compute_dtype=dtype)
+    check_weights(model, folder)
     model.materialise(device, dtype)
     load_weights(model, folder)
     return model

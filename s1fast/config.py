@@ -145,9 +145,10 @@ def check(config: TrainConfig) -> None:
 
 def load_recipe(path: Path) -> TrainConfig:
     """Reads a TOML recipe. Raises an InputError that names the file and the key."""
+    data = read_bytes(path)
     try:
-        tree = tomllib.loads(read_bytes(path).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        tree = tomllib.loads(data.decode())
+    except (RecursionError, ValueError) as error:  # TOMLDecodeError and the like are ValueErrors
         raise InputError(f"{path}: not valid TOML: {error}") from None
     return _build(TrainConfig, tree, str(path), "")
 
@@ -233,9 +234,8 @@ def _suggest(key: str, prefix: str) -> str:
     names = field_names(TrainConfig)
     if key in _SPELLINGS:
         return f"did you mean {_SPELLINGS[key]}?"
-    near = difflib.get_close_matches(prefix + key, names, 1, 0.5) or [
-        name for name in names if name.split(".")[-1] == key
-    ]
+    near = [name for name in names if name.split(".")[-1] == key]
+    near = near or difflib.get_close_matches(prefix + key, names, 1, 0.5)
     return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
 
 

@@ -28,6 +28,9 @@ from s1fast.kernels.sample import sample
 from s1fast.kv_cache import KVCache
 from s1fast.model import Model
 
+COLDEST = 1e-6
+"""Least temperature above 0: logits divided by it stay far inside fp32."""
+
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
@@ -56,7 +59,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         rules = [
-            ("temperature", _number(self.temperature, 0, math.inf), "a number from 0"),
+            (
+                "temperature",
+                self.temperature == 0 or _number(self.temperature, COLDEST, math.inf),
+                f"0 or a number from {COLDEST}",
+            ),
             ("top_k", type(self.top_k) is int and self.top_k >= 0, "a count"),
             ("top_p", _number(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
             ("min_p", _number(self.min_p, 0, 1), "in [0, 1]"),

@@ -161,9 +161,10 @@ def plot(points: Sequence[Point], task: Task, path: Path) -> None:
         axes.scatter(xs, ys, color=color, label=word, zorder=2)
     for p in points:
         where = (p.thinking_tokens, 100 * p.accuracy)
-        axes.annotate(p.setting, where, textcoords="offset points", xytext=(6, -11), fontsize=8)
+        axes.annotate(p.setting, where, textcoords="offset points", xytext=(5, -12), fontsize=8)
     axes.set(xlabel="mean thinking tokens", ylabel="accuracy, %", title=f"Demo: {task.title}")
-    axes.set_ylim(0, 105)
+    axes.set_ylim(-6, 108)
+    axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -99,7 +99,7 @@ class PairSearch:
 
     width: int = 128
     num_layers: int = 3
-    num_steps: int = 1000
+    num_steps: int = 3000
     title: str = "find the pair of six numbers that sums to a target"
     budgets: tuple[int, ...] = (0, 5, 10)
     largest: int = 20

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from s1fast.errors import InputError
 
 
@@ -79,6 +81,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -88,10 +93,14 @@ def new_directory(target: Path) -> Iterator[Path]:
     Every file in it is flushed first. An existing target is an InputError before anything is
     written; on an error the folder is removed and `target` never appears.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise InputError(f"{target}: exists already; choose another folder or remove this one")
     make_directory(target.parent)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    try:
+        name = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    except OSError as error:
+        raise InputError(f"{target}: cannot be created: {error.strerror or error}") from None
+    temporary = Path(name)
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -101,12 +110,22 @@ def new_directory(target: Path) -> Iterator[Path]:
         fsync(temporary)
         temporary.rename(target)
         fsync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{target}: cannot be written: {reason}") from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what the writers above left in a folder when their process was killed."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def make_directory(path: Path) -> None:

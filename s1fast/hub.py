@@ -19,8 +19,8 @@ def find(name: str, kind: str = "model") -> Path:
     Raises:
         InputError: neither exists, or the hub cannot be reached.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))  # which leaves the home of an unknown user as it is
+    if os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise InputError(f"{kind} {name!r}: no such path, and it has not the form of a hub id")

@@ -108,12 +108,12 @@ class RunLog:
         self, folder: Path, console: Console, *, num_steps: int, start: int, every: int, board: bool
     ) -> None:
         self._console, self._num_steps, self._every = console, num_steps, every
+        self._board = _tensorboard(folder / "tensorboard", start) if board else None
         self.path = folder / "metrics.jsonl"
         keep = [line for line in records(self.path) if line["step"] <= start]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in keep))
         self._stack = contextlib.ExitStack()
         self._file = self._stack.enter_context(self.path.open("a"))
-        self._board = _tensorboard(folder / "tensorboard", start) if board else None
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))

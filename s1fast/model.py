@@ -61,13 +61,13 @@ class ModelConfig:
         model_type = config.get("model_type")
         if model_type not in ("qwen2", "llama"):
             raise InputError(
-                f"{where}: model_type {model_type!r} is not supported; s1fast runs 'qwen2' "
+                f"{where}: model_type {_short(model_type)} is not supported; s1fast runs 'qwen2' "
                 "(Qwen2, Qwen2.5) and 'llama'"
             )
         field = _Fields(config, where)
         for name, accepted in _UNSUPPORTED.items():
             if config.get(name, accepted) not in (accepted, None):
-                raise InputError(f"{where}: {name} = {config[name]!r} is not supported")
+                raise InputError(f"{where}: {name} = {_short(config[name])} is not supported")
         if "sliding_attention" in str(config.get("layer_types")):
             raise InputError(f"{where}: layer_types with sliding_attention are not supported")
         heads = field.count("num_attention_heads")
@@ -82,7 +82,7 @@ class ModelConfig:
         if head_dim % 2:
             raise InputError(f"{where}: head_dim {head_dim} is odd, rotary embedding needs pairs")
         theta, scaling = field.rope()
-        return ModelConfig(
+        config = ModelConfig(
             model_type=model_type,
             vocab_size=field.count("vocab_size"),
             hidden_size=hidden,
@@ -98,6 +98,21 @@ class ModelConfig:
             tie_word_embeddings=field.boolean("tie_word_embeddings", default=False),
             attention_bias=model_type == "qwen2",
         )
+        if config.num_weights > _MOST_WEIGHTS:
+            raise InputError(f"{where}: implies {config.num_weights:,} weights: too many")
+        return config
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all matrices."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+        embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings * self.hidden_size
+
+
+_MOST_WEIGHTS = 10**13
+"""Far above any model, far below where a tensor's size in bytes overflows."""
 
 
 _UNSUPPORTED = {  # field: the one value that is supported
@@ -145,7 +160,8 @@ class _Fields:
         """Base and scaling, from transformers 5's rope_parameters or the older two fields."""
         table = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
         if not isinstance(table, dict):
-            raise InputError(f"{self.where}: rope_parameters must be an object")
+            name = "rope_parameters" if self.values.get("rope_parameters") else "rope_scaling"
+            raise InputError(f"{self.where}: {name} must be an object")
         inner = _Fields({"rope_theta": self.values.get("rope_theta"), **table}, self.where)
         theta = inner.positive("rope_theta", default=10000.0)
         kind = table.get("rope_type", table.get("type", "default"))
@@ -273,8 +289,12 @@ class Model(nn.Module):
 
     def materialise(self, device: torch.device, dtype: torch.dtype) -> Model:
         """Allocates uninitialised weights of the given dtype in place of meta ones."""
-        self.to_empty(device=device)
-        return self.to(dtype)
+        try:
+            return self.to(dtype).to_empty(device=device)
+        except RuntimeError as error:  # the CPU's and the GPU's allocator
+            count = sum(p.numel() for p in self.parameters())
+            reason = str(error).splitlines()[0]
+            raise InputError(f"no memory for {count:,} weights on {device}: {reason}") from None
 
     def init_random(self, seed: int, std: float = 0.02) -> Model:
         """Normal(0, std) matrices, unit norms, zero biases; the same weights on every device."""

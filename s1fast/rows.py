@@ -77,7 +77,6 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -87,6 +86,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # Arrow's, and those of values that Python cannot hold
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a usable Parquet file: {reason}") from None

@@ -24,7 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from s1fast.errors import InputError
-from s1fast.files import make_directory, new_directory, read_json_object, write_atomic
+from s1fast.files import (
+    make_directory,
+    new_directory,
+    read_json_object,
+    remove_leftovers,
+    write_atomic,
+)
 
 FORMAT = 1
 
@@ -83,36 +89,43 @@ def save(
                 for key, tensor in held.items()
             },
         }
+        manifest["sha256"] = _digest(manifest)
         write_atomic(temporary / "manifest.json", json.dumps(manifest))
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old)
 
 
-def newest(folder: Path) -> tuple[Snapshot | None, list[str]]:
+def newest(folder: Path, *, repair: bool) -> tuple[Snapshot | None, list[str]]:
     """The newest undamaged snapshot, and a warning for each damaged one.
 
-    Damaged ones are set aside as step-NNNNNN.damaged; what a killed save left is removed.
+    Args:
+        repair: set damaged ones aside as step-NNNNNN.damaged and remove what a killed save left.
+            Without it nothing is touched: the run may be going on.
     """
     warnings: list[str] = []
     if not folder.is_dir():
         return None, warnings
-    make_directory(folder)
-    for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
+    if repair:
+        make_directory(folder)
+        remove_leftovers(folder)
     for candidate in reversed(_folders(folder)):
         try:
             return _open(candidate), warnings
         except InputError as error:
-            aside = candidate.with_name(candidate.name + ".damaged")
-            if aside.exists():
-                shutil.rmtree(aside)
-            candidate.rename(aside)
-            warnings.append(f"{error}; set aside as {aside.name}")
+            warnings.append(str(error))
+            if repair:
+                aside = candidate.with_name(candidate.name + ".damaged")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                candidate.rename(aside)
+                warnings[-1] += f"; set aside as {aside.name}"
     return None, warnings
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name))
+    """Snapshots by step: their names sort so only up to a million of them."""
+    named = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name))
+    return sorted(named, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def _open(folder: Path) -> Snapshot:
@@ -120,6 +133,8 @@ def _open(folder: Path) -> Snapshot:
     if manifest.get("format") != FORMAT:
         raise InputError(f"{folder}: manifest format {manifest.get('format')!r}, expected {FORMAT}")
     try:
+        if manifest.pop("sha256") != _digest(manifest):
+            raise InputError(f"{folder}/manifest.json: checksum differs, the file is damaged")
         for name, entry in manifest["files"].items():
             if "/" in name or _sha256(folder / name) != entry["sha256"]:
                 raise InputError(f"{folder / name}: checksum differs, the file is damaged")
@@ -128,6 +143,10 @@ def _open(folder: Path) -> Snapshot:
         return Snapshot(folder, manifest["step"], manifest["facts"], manifest["tensors"])
     except (KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise InputError(f"{folder}: damaged snapshot: {type(error).__name__}: {error}") from None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ stay on the device and are read one step later, so the host is never waited for.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from s1fast import snapshot
 from s1fast.chat import Chat, Example
-from s1fast.checkpoint import load_weights, read_config, save_model
+from s1fast.checkpoint import check_weights, load_weights, read_config, save_model
 from s1fast.config import TrainConfig, check, differences, load_recipe, to_toml
 from s1fast.errors import InputError
-from s1fast.files import make_directory, write_atomic
+from s1fast.files import make_directory, remove_leftovers, write_atomic
 from s1fast.hub import find
 from s1fast.kernels.packed_attention import packed_attention
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
@@ -140,6 +141,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     _check_output(config)
     with torch.device("meta"):
         model = Model(model_config, compute_dtype=dtype)
+    if config.init == "pretrained":
+        check_weights(model, source)
     model.materialise(device, torch.float32)
     if config.init == "random":
         model.init_random(config.seed)
@@ -147,6 +150,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         load_weights(model, source)
     trainer = Trainer(config, model, examples, device)
     make_directory(config.output)
+    remove_leftovers(config.output)
     start = _resume(trainer, console)
     write_atomic(config.output / "config.toml", to_toml(config))
     _print_facts(trainer, num_dropped, console)
@@ -156,7 +160,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     target = config.output / "hf"
     if not target.exists():
         save_model(model, source, target, getattr(torch, config.checkpoint.export_dtype))
-    console.print(f"model  {target}\nplot   {config.output / 'loss.png'}", highlight=False)
+    facts = f"model  {target}\nplot   {config.output / 'loss.png'}"
+    console.print(facts, highlight=False, markup=False, soft_wrap=True)
     return target
 
 
@@ -166,9 +171,11 @@ def export(run: Path, target: Path) -> Path:
     if not recipe.exists():
         raise InputError(f"{run}: no config.toml there, so it is no training run")
     config = load_recipe(recipe)
-    saved, warnings = snapshot.newest(run / "snapshots")
+    saved, warnings = snapshot.newest(run / "snapshots", repair=False)
     if saved is None:
-        raise InputError(f"{run}: no whole snapshot there{': ' if warnings else ''}{warnings[:1]}")
+        raise InputError(f"{run}: no whole snapshot there{''.join(f'; {w}' for w in warnings[:1])}")
+    for warning in warnings:
+        Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
     source = find(config.model)
     with torch.device("meta"):
         model = Model(read_config(source))
@@ -196,30 +203,32 @@ def _loop(trainer: Trainer, start: int, console: Console) -> None:
         board=c.log.tensorboard,
     )
     with log:
-        began = last = time.perf_counter()
-        pending: tuple[int, StepResult] | None = None
+        began = launched = time.perf_counter()
+        pending: tuple[int, StepResult, float] | None = None  # step, metrics, when it began
 
         def report() -> None:
             """Reads the pending step's metrics: the loop's only wait for the device."""
-            nonlocal last
             if pending is None:
                 return
-            step, result = pending
+            step, result, started = pending
+            ended = launched  # the host runs one step ahead, so launches are a step apart
             loss, grad_norm = float(result.loss), float(result.grad_norm)
-            now = time.perf_counter()
             if not (np.isfinite(loss) and np.isfinite(grad_norm)):
                 raise InputError(
                     f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped, "
                     "the snapshots are from before; a lower optim.lr may help"
                 )
-            timing = (now - last, (now - began) / (step + 1 - start), now - began)
+            if ended == started:  # nothing was launched after it
+                ended = time.perf_counter()
+            elapsed_s = ended - began
+            timing = (ended - started, elapsed_s / (step + 1 - start), elapsed_s)
             log.write(_record(trainer, step, loss, grad_norm, timing, peak))
-            last = now
 
         for step in range(start, trainer.num_steps):
+            launched = time.perf_counter()
             result = trainer.step(step)
             report()
-            pending = (step, result)
+            pending = (step, result, launched)
             done = step + 1
             if c.checkpoint.every and (done % c.checkpoint.every == 0 or done == trainer.num_steps):
                 report()  # a snapshot of a diverged run is never written
@@ -227,7 +236,6 @@ def _loop(trainer: Trainer, start: int, console: Console) -> None:
                 folder = c.output / "snapshots"
                 make_directory(folder)
                 snapshot.save(folder, done, trainer.tensors(), trainer.facts(), c.checkpoint.keep)
-                last = time.perf_counter()
         report()
 
 
@@ -278,12 +286,12 @@ def _dtype(config: TrainConfig) -> torch.dtype:
 def _check_output(config: TrainConfig) -> None:
     """Refuses a folder that holds anything but this very run, resumed."""
     output = config.output
-    if not output.exists():
+    if not os.path.lexists(output):
         return
     if not output.is_dir():
         raise InputError(f"output: {output} is a file; name a folder")
-    if not any(output.iterdir()):
-        return
+    if all(path.name.startswith(".config.toml.") for path in output.iterdir()):
+        return  # empty, or of a run that was killed while its recipe was being written
     saved = output / "config.toml"
     if not saved.exists():
         raise InputError(f"output: {output} holds other files; choose a new or empty folder")
@@ -302,9 +310,9 @@ def _resume(trainer: Trainer, console: Console) -> int:
     config = trainer.config
     if not config.checkpoint.resume:
         return 0
-    saved, warnings = snapshot.newest(config.output / "snapshots")
+    saved, warnings = snapshot.newest(config.output / "snapshots", repair=True)
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     if saved is None:
         return 0
     facts = trainer.facts()
@@ -331,6 +339,7 @@ def _print_facts(trainer: Trainer, num_dropped: int, console: Console) -> None:
         f"{sum(label_counts(examples)):,} with loss{left_out}\n"
         f"run    {trainer.num_steps} steps of {c.batch_size}, {trainer.steps_per_epoch} an epoch",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -345,7 +354,7 @@ def preview(examples: list[Example], chat: Chat, console: Console) -> None:
                 style = "" if example.labelled[start] else "dim"
                 text.append(chat.decode(example.ids[start:i]), style=style)
                 start = i
-        console.rule(example.where)
+        console.rule(Text(example.where))
         console.print(text, soft_wrap=True)
         labels = sum(example.labelled)
         console.print(f"{len(example.ids)} tokens, {labels} with loss", style="italic")

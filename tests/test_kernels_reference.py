@@ -1,0 +1,432 @@
+"""The plain-PyTorch operations against float64 autograd and against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s1fast.kernels import linear_cross_entropy as lce_module
+from s1fast.kernels.linear_cross_entropy import linear_cross_entropy
+from s1fast.kernels.packed_attention import packed_attention
+from s1fast.kernels.rms_norm import rms_norm
+from s1fast.kernels.rope import rope
+from s1fast.kernels.swiglu import swiglu
+
+# Half a unit in the last place of each dtype, relative: what one rounding costs.
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def gap(found: Tensor, wanted: Tensor) -> float:
+    """Relative error in norm."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+# -- linear_cross_entropy ----------------------------------------------------------------------
+
+
+class Problem:
+    """Hidden states, head, labels on some rows only, and positive weights."""
+
+    def __init__(
+        self,
+        rows: int = 37,
+        width: int = 24,
+        vocab: int = 101,
+        labelled: int = 20,
+        dtype: torch.dtype = torch.float32,
+        weight_dtype: torch.dtype | None = None,
+    ) -> None:
+        generator = torch.Generator().manual_seed(rows)
+        self.hidden_TD = random(rows, width, dtype=dtype)
+        self.weight_VD = random(vocab, width, seed=1, dtype=weight_dtype or dtype)
+        self.valid_rows = torch.randperm(rows, generator=generator)[:labelled].sort().values
+        self.label_T = torch.full((rows,), -100)
+        self.label_T[self.valid_rows] = torch.randint(vocab, (labelled,), generator=generator)
+        self.loss_weight_T = torch.zeros(rows)
+        self.loss_weight_T[self.valid_rows] = torch.rand(labelled, generator=generator) + 0.1
+
+    def ours(self, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, d hidden and d weight of `scale` times the loss."""
+        hidden_TD, weight_VD = (
+            x.clone().requires_grad_() for x in (self.hidden_TD, self.weight_VD)
+        )
+        loss = linear_cross_entropy(
+            hidden_TD, weight_VD, self.label_T, self.loss_weight_T, self.valid_rows
+        )
+        (loss * scale).backward()
+        assert hidden_TD.grad is not None and weight_VD.grad is not None
+        return loss.detach(), hidden_TD.grad, weight_VD.grad
+
+    def exact(self, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by float64 autograd, all logits held."""
+        hidden_TD, weight_VD = (
+            x.double().clone().requires_grad_() for x in (self.hidden_TD, self.weight_VD)
+        )
+        logits_TV = hidden_TD @ weight_VD.T
+        nll_T = F.cross_entropy(logits_TV, self.label_T, ignore_index=-100, reduction="none")
+        loss = (nll_T * self.loss_weight_T).sum()
+        (loss * scale).backward()
+        assert hidden_TD.grad is not None and weight_VD.grad is not None
+        return loss.detach(), hidden_TD.grad, weight_VD.grad
+
+
+# Sums of at most 101 fp32 terms: their errors stay below 50 roundings.
+FP32 = 50 * ROUNDING[torch.float32]
+# A logit of 24 bf16 products, size up to about 20, is rounded once, so a probability is off by
+# 20 * 2^-9 = 4 % at the worst and by about a quarter of that in norm; the gradient's own two
+# roundings are small beside it.
+BF16 = 5 * ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 20, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float64, 50 * ROUNDING[torch.float64]),
+        (torch.float32, FP32),
+        (torch.bfloat16, BF16),
+    ],
+    ids=str,
+)
+def test_cross_entropy_is_float64s(
+    dtype: torch.dtype, tolerance: float, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and both gradients; chunks of one row, of a ragged number, of exactly all, of more."""
+    problem = Problem(dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    monkeypatch.setattr(lce_module, "CHUNK_BYTES", chunk_rows * 101 * wide.itemsize)
+    loss, dhidden_TD, dweight_VD = problem.ours(scale=3.0)
+    want, want_dhidden_TD, want_dweight_VD = problem.exact(scale=3.0)
+    assert loss.dtype == wide
+    assert dhidden_TD.dtype == dweight_VD.dtype == dtype
+    assert gap(loss, want) <= tolerance
+    assert gap(dhidden_TD, want_dhidden_TD) <= tolerance
+    assert gap(dweight_VD, want_dweight_VD) <= tolerance
+
+
+def test_cross_entropy_chunks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product holds more than CHUNK_BYTES of logits, and a row is the least there is."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default and out.shape[1] == vocab:
+                Largest.numel = max(Largest.numel, out.numel())
+            return out
+
+    problem, vocab = Problem(rows=40, labelled=40, width=4, vocab=64), 64
+    for budget, rows in ((3 * vocab * 4, 3), (1, 1)):
+        Largest.numel = 0
+        monkeypatch.setattr(lce_module, "CHUNK_BYTES", budget)
+        with Largest():
+            problem.ours()
+        assert Largest.numel == rows * vocab
+
+
+def test_cross_entropy_mixed_precision() -> None:
+    """bf16 arithmetic on an fp32 head: the head's gradient comes in fp32, unrounded at the end."""
+    problem = Problem(dtype=torch.bfloat16, weight_dtype=torch.float32)
+    loss, dhidden_TD, dweight_VD = problem.ours()
+    want, want_dhidden_TD, want_dweight_VD = problem.exact()
+    assert loss.dtype == dweight_VD.dtype == torch.float32
+    assert dhidden_TD.dtype == torch.bfloat16
+    assert gap(loss, want) <= BF16
+    assert gap(dhidden_TD, want_dhidden_TD) <= BF16
+    assert gap(dweight_VD, want_dweight_VD) <= BF16
+
+
+def test_cross_entropy_ignores_masked_rows() -> None:
+    """NaN, labels and weights in rows without a label reach nothing."""
+    clean, dirty = Problem(), Problem()
+    masked = torch.ones(37, dtype=torch.bool)
+    masked[clean.valid_rows] = False
+    dirty.hidden_TD[masked] = float("nan")
+    dirty.label_T[masked] = 1 << 40
+    dirty.loss_weight_T[masked] = float("inf")
+    found, wanted = dirty.ours(), clean.ours()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert found[1][masked].count_nonzero() == 0
+    assert (found[1][~masked].abs().sum(1) > 0).all()
+
+
+def test_cross_entropy_of_no_rows_is_zero() -> None:
+    loss, dhidden_TD, dweight_VD = Problem(labelled=0).ours()
+    assert loss == 0.0
+    assert dhidden_TD.shape == (37, 24) and dhidden_TD.count_nonzero() == 0
+    assert dweight_VD.shape == (101, 24) and dweight_VD.count_nonzero() == 0
+
+
+def test_cross_entropy_survives_huge_logits() -> None:
+    """Logits of thousands: exp overflows unless the maximum is taken out first."""
+    problem = Problem()
+    problem.hidden_TD *= 1e3
+    loss, dhidden_TD, dweight_VD = problem.ours()
+    want, want_dhidden_TD, want_dweight_VD = problem.exact()
+    assert gap(loss, want) <= FP32
+    # The softmax is 0 or 1 here: nothing of the logits' absolute error reaches the gradients.
+    assert gap(dhidden_TD, want_dhidden_TD) <= FP32
+    assert gap(dweight_VD, want_dweight_VD) <= FP32
+
+
+def test_cross_entropy_without_grad_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad, or where nothing requires it, only the logits' product is taken."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    p = Problem()
+    arguments = (p.label_T, p.loss_weight_T, p.valid_rows)
+    forward = 2 * 20 * 101 * 24
+
+    def flops(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[int, Tensor]:
+        with FlopCounterMode(display=False) as counter:
+            loss = linear_cross_entropy(hidden_TD, weight_VD, *arguments)
+        return counter.get_total_flops(), loss
+
+    needy = p.hidden_TD.clone().requires_grad_()
+    with torch.no_grad():
+        assert flops(needy, p.weight_VD)[0] == forward
+    count, loss = flops(p.hidden_TD, p.weight_VD)
+    assert count == forward and not loss.requires_grad
+    count, with_grad = flops(needy, p.weight_VD)
+    assert count == 3 * forward and with_grad.requires_grad
+    assert torch.equal(loss, with_grad)
+
+
+BAD_CROSS_ENTROPY: dict[str, tuple[str, Callable[[Problem], object]]] = {
+    "hidden 1-d": ("hidden", lambda p: setattr(p, "hidden_TD", p.hidden_TD[0])),
+    "weight 1-d": ("weight", lambda p: setattr(p, "weight_VD", p.weight_VD[0])),
+    "widths differ": ("disagree", lambda p: setattr(p, "weight_VD", p.weight_VD[:, 1:])),
+    "too few labels": ("label_T", lambda p: setattr(p, "label_T", p.label_T[1:])),
+    "too few weights": (
+        "loss_weight_T",
+        lambda p: setattr(p, "loss_weight_T", p.loss_weight_T[1:]),
+    ),
+    "int32 labels": ("label_T", lambda p: setattr(p, "label_T", p.label_T.int())),
+    "int32 rows": ("valid_rows", lambda p: setattr(p, "valid_rows", p.valid_rows.int())),
+    "mask for rows": ("valid_rows", lambda p: setattr(p, "valid_rows", p.label_T >= 0)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CROSS_ENTROPY)
+def test_cross_entropy_names_bad_arguments(name: str) -> None:
+    word, spoil = BAD_CROSS_ENTROPY[name]
+    problem = Problem()
+    spoil(problem)
+    with pytest.raises(ValueError, match=rf"\b{word}\b"):
+        linear_cross_entropy(
+            problem.hidden_TD,
+            problem.weight_VD,
+            problem.label_T,
+            problem.loss_weight_T,
+            problem.valid_rows,
+        )
+
+
+# -- packed_attention --------------------------------------------------------------------------
+
+
+def dense_attention(
+    q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, bounds: list[int], scale: float
+) -> Tensor:
+    """One T x T softmax per head under a block-causal mask."""
+    num_tokens, heads = q_THK.shape[:2]
+    groups = heads // k_TNK.shape[1]
+    owner_T = torch.full((num_tokens,), -1)
+    for i, (start, stop) in enumerate(pairwise(bounds)):
+        owner_T[start:stop] = i
+    seen_TT = (owner_T[:, None] == owner_T[None]).tril() & (owner_T >= 0)
+    out_THK = torch.zeros_like(q_THK)
+    for h in range(heads):
+        score_TT = q_THK[:, h] @ k_TNK[:, h // groups].T * scale
+        weight_TT = score_TT.masked_fill(~seen_TT, -torch.inf).softmax(-1)
+        out_THK[:, h] = weight_TT.nan_to_num() @ v_TNK[:, h // groups]  # a tail row sees nothing
+    return out_THK
+
+
+STREAMS: dict[str, tuple[list[int], int]] = {  # lengths, tokens beyond the last of them
+    "one": ([9], 0),
+    "several": ([5, 12, 3], 0),
+    "length one": ([1, 7, 1, 1], 0),
+    "length zero": ([0, 4, 0, 0, 6, 0], 0),
+    "tail": ([4, 5], 7),
+    "all tail": ([0], 5),
+    "long": ([130, 70], 3),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (5, 1)], ids=str)
+def test_attention_is_a_dense_masked_softmax(name: str, heads: tuple[int, int]) -> None:
+    lengths, tail = STREAMS[name]
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    num_tokens, (h, n), width = sum(lengths) + tail, heads, 16
+    shapes = ((h, 0), (n, 1), (n, 2))
+    wide = [random(num_tokens, x, width, seed=seed, dtype=torch.float64) for x, seed in shapes]
+    dout_THK = random(num_tokens, h, width, seed=3, dtype=torch.float64)
+
+    def grads(dtype: torch.dtype, attend: Callable[..., Tensor]) -> list[Tensor]:
+        inputs = [x.to(dtype).clone().requires_grad_() for x in wide]
+        out = attend(*inputs)
+        assert out.dtype == dtype and out.shape == (num_tokens, h, width)
+        out.backward(dout_THK.to(dtype))
+        return [out.detach(), *(x.grad for x in inputs if x.grad is not None)]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, cu_seqlens, max(lengths))
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense_attention(q, k, v, cu_seqlens.tolist(), width**-0.5)
+
+    if sum(lengths) == 0:
+        assert ours(*(x.float() for x in wide)).count_nonzero() == 0
+        return
+    wanted = grads(torch.float64, dense)
+    for dtype in (torch.float32, torch.float64):
+        found = grads(dtype, ours)
+        assert len(found) == len(wanted) == 4
+        for a, b in zip(found, wanted, strict=True):
+            assert gap(a, b) <= 50 * ROUNDING[dtype]  # sums of at most 130 terms
+            assert a[sum(lengths) :].count_nonzero() == 0
+
+
+def test_attention_scale_and_bf16() -> None:
+    q, k, v = (random(11, 2, 8, seed=i) for i in range(3))
+    cu_seqlens = torch.tensor([0, 4, 11], dtype=torch.int32)
+    wanted = dense_attention(q.double(), k.double(), v.double(), [0, 4, 11], 0.7)
+    found = packed_attention(q, k, v, cu_seqlens, 7, softmax_scale=0.7)
+    assert gap(found, wanted) <= 50 * ROUNDING[torch.float32]
+    low = packed_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), cu_seqlens, 7)
+    rounded = [x.bfloat16().double() for x in (q, k, v)]
+    # Inputs are exact; scores stay fp32, probabilities and the result are rounded to bf16.
+    assert low.dtype == torch.bfloat16
+    assert gap(low, dense_attention(*rounded, [0, 4, 11], 8**-0.5)) <= 3 * ROUNDING[torch.bfloat16]
+
+
+def test_attention_keeps_sequences_apart() -> None:
+    """Another sequence's content, NaN included, changes no bit of this one's output."""
+    q, k, v = (random(12, 2, 8, seed=i) for i in range(3))
+    cu_seqlens = torch.tensor([0, 5, 9], dtype=torch.int32)
+    before = packed_attention(q, k, v, cu_seqlens, 5)
+    for x in (q, k, v):
+        x[5:9] = float("nan")
+        x[9:] = float("nan")  # the tail
+    after = packed_attention(q, k, v, cu_seqlens, 5)
+    assert torch.equal(before[:5], after[:5])
+    assert after[5:9].isnan().all() and after[9:].count_nonzero() == 0
+
+
+def test_attention_is_causal() -> None:
+    q, k, v = (random(9, 2, 8, seed=i) for i in range(3))
+    cu_seqlens = torch.tensor([0, 9], dtype=torch.int32)
+    before = packed_attention(q, k, v, cu_seqlens, 9)
+    k[6], v[6] = 5.0, 5.0
+    after = packed_attention(q, k, v, cu_seqlens, 9)
+    assert torch.equal(before[:6], after[:6])
+    assert (before[6:] != after[6:]).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "max_seqlen", "kv_heads", "message"),
+    [
+        ([], 9, 2, "cu_seqlens must start at 0"),
+        ([1, 9], 9, 2, "cu_seqlens must start at 0"),
+        ([0, 5, 4, 9], 9, 2, "never fall"),
+        ([0, 10], 10, 2, "cu_seqlens ends at 10 but there are 9"),
+        ([0, 3, 9], 5, 2, "max_seqlen 5 is below the longest sequence, 6"),
+        ([0, 9], 9, 3, "4 query heads are no multiple of 3"),
+    ],
+)
+def test_attention_names_bad_arguments(
+    bounds: list[int], max_seqlen: int, kv_heads: int, message: str
+) -> None:
+    q, k = torch.zeros(9, 4, 8), torch.zeros(9, kv_heads, 8)
+    with pytest.raises(ValueError, match=message):
+        packed_attention(q, k, k, torch.tensor(bounds, dtype=torch.int32), max_seqlen)
+
+
+def test_attention_refuses_boundaries_on_a_device() -> None:
+    q = torch.zeros(9, 4, 8)
+    with pytest.raises(ValueError, match="cu_seqlens is on meta"):
+        packed_attention(q, q, q, torch.zeros(2, dtype=torch.int32, device="meta"), 9)
+
+
+# -- rms_norm, rope, swiglu --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_rms_norm(eps: float) -> None:
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    x_TD, weight_D = 3 * random(13, 40), random(40, seed=1)
+    wide_TD = x_TD.double()
+    wanted = wide_TD / (wide_TD.square().mean(1, keepdim=True) + eps).sqrt() * weight_D
+    # The mean of 40 squares, a root and two products.
+    assert gap(rms_norm(x_TD, weight_D, eps), wanted) <= 5 * ROUNDING[torch.float32]
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs = Qwen2RMSNorm(40, eps)
+        theirs.weight.data = weight_D.to(dtype)
+        found = rms_norm(x_TD.to(dtype), weight_D, eps)  # an fp32 weight, cast as theirs was
+        assert found.dtype == dtype
+        assert torch.equal(found, theirs(x_TD.to(dtype)))
+
+
+def test_rms_norm_gradient() -> None:
+    x_TD, weight_D = random(7, 12).requires_grad_(), random(12, seed=1).requires_grad_()
+    wide_TD, wide_D = (x.detach().double().requires_grad_() for x in (x_TD, weight_D))
+    dy_TD = random(7, 12, seed=2)
+    rms_norm(x_TD, weight_D, 1e-3).backward(dy_TD)
+    y_TD = wide_TD / (wide_TD.square().mean(1, keepdim=True) + 1e-3).sqrt() * wide_D
+    y_TD.backward(dy_TD.double())
+    for found, wanted in ((x_TD, wide_TD), (weight_D, wide_D)):
+        assert found.grad is not None and wanted.grad is not None
+        assert gap(found.grad, wanted.grad) <= 20 * ROUNDING[torch.float32]
+
+
+def test_rope() -> None:
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    x_THK = random(11, 3, 16)
+    angle_TR = torch.arange(11.0)[:, None] * torch.logspace(0, -2, 8)
+    cos_TR, sin_TR = angle_TR.cos(), angle_TR.sin()
+    pairs = torch.complex(x_THK[..., :8].double(), x_THK[..., 8:].double())
+    turned = pairs * torch.polar(torch.ones(11, 8).double(), angle_TR.double())[:, None]
+    wanted = torch.cat((turned.real, turned.imag), -1)
+    found = rope(x_THK, cos_TR, sin_TR)
+    assert gap(found, wanted) <= 4 * ROUNDING[torch.float32]  # cos or sin, product, sum
+    assert gap(found, x_THK) > 0.1  # it did turn something
+    assert torch.equal(found[0], x_THK[0])  # position 0 stays
+    cos, sin = (torch.cat((x, x), -1)[None] for x in (cos_TR, sin_TR))
+    theirs, _ = apply_rotary_pos_emb(*[x_THK.transpose(0, 1)[None]] * 2, cos, sin)
+    assert gap(found, theirs[0].transpose(0, 1)) <= 4 * ROUNDING[torch.float32]
+    low = rope(x_THK.bfloat16(), cos_TR, sin_TR)  # one rounding, of the result
+    assert torch.equal(low, rope(x_THK.bfloat16().float(), cos_TR, sin_TR).bfloat16())
+
+
+def test_swiglu() -> None:
+    gate_up_TF2 = random(9, 30)
+    gate_TF, up_TF = gate_up_TF2.double().split(15, dim=1)
+    wanted = gate_TF / (1 + (-gate_TF).exp()) * up_TF
+    assert gap(swiglu(gate_up_TF2), wanted) <= 5 * ROUNDING[torch.float32]
+    # transformers' feed-forward block is down(silu(gate(x)) * up(x)).
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2MLP
+
+    mlp = Qwen2MLP(Qwen2Config(hidden_size=6, intermediate_size=15, num_attention_heads=2))
+    x_TD = random(9, 6, seed=1)
+    with torch.no_grad():
+        fused = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
+        found = F.linear(swiglu(F.linear(x_TD, fused)), mlp.down_proj.weight)
+        # One product of both halves and two of one each may sum in another order.
+        assert gap(found, mlp(x_TD)) <= 20 * ROUNDING[torch.float32]
+    assert swiglu(gate_up_TF2.bfloat16()).dtype == torch.bfloat16

@@ -122,7 +122,9 @@ def main() -> None:
         command(arguments[1:])
     except InputError as error:
         line = "".join(c if c.isprintable() else " " for c in str(error))
-        print(f"s1fast: error: {line[:1000]}", file=sys.stderr)
+        if len(line) > 1000:  # a whole file, quoted: what and why stand at the two ends
+            line = f"{line[:500]} ... {line[-500:]}"
+        print(f"s1fast: error: {line}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()

@@ -138,9 +138,19 @@ def check(config: TrainConfig) -> None:
         ("log.every", config.log.every >= 1, "must be at least 1"),
         ("log.dollars_per_hour", config.log.dollars_per_hour >= 0, "must not be negative"),
     ]
+    for name in ("model", "output", "data.path", "data.split"):  # the run's own recipe is UTF-8
+        rules.append((name, _is_unicode(str(_value(config, name))), "must be valid Unicode"))
     for name, holds, rule in rules:
         if not holds:
             raise InputError(f"{name}: {rule}, got {_value(config, name)!r}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_recipe(path: Path) -> TrainConfig:

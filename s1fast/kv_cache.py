@@ -47,11 +47,15 @@ class KVCache:
         slot_T = torch.arange(len(row_T), device=device)
         slot_T = slot_T - (length_B.cumsum(0) - length_B)[row_T]  # place in its row's step
         self._row_T, self._slot_T, self._position_T = row_T, slot_T, start_B[row_T] + slot_T
+        # Where a token's heads lie in a layer of the cache, seen as one list of vectors.
+        head_N = torch.arange(self.k.shape[2], device=device)
+        head_TN = row_T[:, None] * self.k.shape[2] + head_N
+        self._place_TN = (head_TN * self.k.shape[3] + self._position_T[:, None]).flatten()
         self._seen_BCS = None
         if not self._fresh and (longest > 1 or min(stops) < self._max_stop):
-            # Query i of row b sees keys up to its own position; a slot beyond its step sees key 0.
+            # Query i of row b sees keys up to its own position; what a row shorter than the longest
+            # has beyond its step is computed and dropped.
             last_BC = start_B[:, None] + torch.arange(longest, device=device)
-            last_BC = torch.where(last_BC < start_B[:, None] + length_B[:, None], last_BC, 0)
             self._seen_BCS = torch.arange(self._max_stop, device=device) <= last_BC[..., None]
 
     @property
@@ -61,23 +65,24 @@ class KVCache:
 
     def attend(self, layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
         """Stores the step's keys and values, and attends over everything before."""
-        k_BNSK, v_BNSK = self.k[layer], self.v[layer]
-        k_BNSK[self._row_T, :, self._position_T] = k_TNK
-        v_BNSK[self._row_T, :, self._position_T] = v_TNK
+        for cache, fresh_TNK in ((self.k, k_TNK), (self.v, v_TNK)):
+            cache[layer].flatten(0, 2).index_copy_(0, self._place_TN, fresh_TNK.flatten(0, 1))
         if self._fresh:
             return packed_attention(q_THK, k_TNK, v_TNK, self._cu_seqlens, self._longest)
-        num_rows = len(self._lengths)
-        heads, kv_heads, width = q_THK.shape[1], k_TNK.shape[1], q_THK.shape[2]
-        groups = heads // kv_heads
+        num_rows, kv_heads = len(self._lengths), k_TNK.shape[1]
+        k, v = (cache[layer, :num_rows, :, : self._max_stop] for cache in (self.k, self.v))
         # The query heads of a group share keys and masks: they are one longer row of queries.
-        q = q_THK.new_zeros(num_rows, self._longest, kv_heads, groups, width)
-        q[self._row_T, self._slot_T] = q_THK.unflatten(1, (kv_heads, groups))
-        q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        q_TNGK = q_THK.unflatten(1, (kv_heads, -1))
+        groups = q_TNGK.shape[2]
         mask = None
         if self._seen_BCS is not None:
             mask = self._seen_BCS[:, None, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
-        k = k_BNSK[:num_rows, :, : self._max_stop]
-        v = v_BNSK[:num_rows, :, : self._max_stop]
+        if self._longest == 1:  # one token a row: the stream is the batch
+            out = F.scaled_dot_product_attention(q_TNGK, k, v, attn_mask=mask)
+            return out.flatten(1, 2)
+        q = q_THK.new_zeros(num_rows, self._longest, *q_TNGK.shape[1:])
+        q[self._row_T, self._slot_T] = q_TNGK
+        q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = out.unflatten(2, (groups, self._longest)).permute(0, 3, 1, 2, 4)
         return out[self._row_T, self._slot_T].flatten(1, 2)

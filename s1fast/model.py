@@ -82,7 +82,7 @@ class ModelConfig:
         if head_dim % 2:
             raise InputError(f"{where}: head_dim {head_dim} is odd, rotary embedding needs pairs")
         theta, scaling = field.rope()
-        config = ModelConfig(
+        made = ModelConfig(
             model_type=model_type,
             vocab_size=field.count("vocab_size"),
             hidden_size=hidden,
@@ -98,9 +98,9 @@ class ModelConfig:
             tie_word_embeddings=field.boolean("tie_word_embeddings", default=False),
             attention_bias=model_type == "qwen2",
         )
-        if config.num_weights > _MOST_WEIGHTS:
-            raise InputError(f"{where}: implies {config.num_weights:,} weights: too many")
-        return config
+        if made.num_weights > _MOST_WEIGHTS:
+            raise InputError(f"{where}: implies {made.num_weights:,} weights: too many")
+        return made
 
     @property
     def num_weights(self) -> int:
@@ -248,9 +248,10 @@ class Layer(nn.Module):
         c = self.config
         normed_TD = rms_norm(hidden_TD, self.input_norm, c.rms_norm_eps)
         qkv = _linear(normed_TD, self.qkv_weight, self.qkv_bias).unflatten(1, (-1, c.head_dim))
-        heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-        q_THK, k_TNK, v_TNK = qkv.split(heads, dim=1)
-        return rope(q_THK, cos_TR, sin_TR), rope(k_TNK, cos_TR, sin_TR), v_TNK
+        heads = (c.num_attention_heads, c.num_key_value_heads)
+        qk, v_TNK = qkv.split((sum(heads), c.num_key_value_heads), dim=1)
+        q_THK, k_TNK = rope(qk, cos_TR, sin_TR).split(heads, dim=1)
+        return q_THK, k_TNK, v_TNK
 
     def norm_gate_up(self, hidden_TD: Tensor) -> Tensor:
         normed_TD = rms_norm(hidden_TD, self.post_norm, self.config.rms_norm_eps)

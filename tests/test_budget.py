@@ -301,8 +301,8 @@ def test_harness_rounds_may_pass_max_tokens_but_not_the_context() -> None:
     assert trace.automaton.waits == 2
     assert trace.automaton.thinking_end == "length"
     assert trace.ids == [30, 31, 32, 10, NEWLINE, *FORCED]
-    # Now the context ends inside the second ignore text.
-    trace = play_tokens(tokens, room=9, **fields)
+    # Now the context ends inside the second ignore text, before the newline in it.
+    trace = play_tokens(tokens, room=9, ignore_ids=((10, NEWLINE),), **fields)
     assert (trace.automaton.waits, trace.automaton.thinking_end) == (2, "length")
     assert trace.ids == [30, 31, 32, 10, NEWLINE, *FORCED]
 

@@ -459,6 +459,16 @@ def test_more_requests_than_rows_give_the_same_in_order(
         assert restless.engine.generate(prompts, params, budget) == wide
 
 
+def test_a_trace_that_is_resumed_as_a_prompt_goes_on_the_same(writer: Ascii) -> None:
+    """Draws depend on the absolute position, so it does not matter where the prompt ended."""
+    (prompt,) = prompts_of(writer.chat, 8)
+    ids = writer.engine.generate([prompt], sampled(temperature=2.0))[0].token_ids
+    for at in (1, 20):
+        rest = sampled(temperature=2.0, max_tokens=60 - at)
+        (done,) = writer.engine.generate([prompt + ids[:at]], rest)
+        assert done.token_ids == ids[at:]
+
+
 def test_filters_reach_the_sampler(writer: Ascii) -> None:
     """Each of them alone can leave nothing but the likeliest."""
     (prompt,) = prompts_of(writer.chat, 8)
@@ -608,12 +618,13 @@ def test_cache_attends_over_what_each_row_wrote_last(make_model: MakeModel) -> N
         ([4, 9, 8], [2, 1, 1]),  # rows 0 and 2 take entries back
         ([6, 10, 9], [260, 1, 1]),  # the cache grows
         ([266, 11, 10], [1, 1, 1]),
+        ([0, 12, 11], [2, 1, 1]),  # row 0 begins anew beside others that go on
         "move 2 to 0",
-        ([11, 12], [1, 1]),
-        ([12, 13], [2, 1]),
+        ([12, 13], [1, 1]),
+        ([13, 14], [2, 1]),
         "move 1 to 0",
-        ([14], [1]),
-        ([15], [4]),
+        ([15], [1]),
+        ([16], [4]),
     ]
     for step in steps:
         if isinstance(step, str):

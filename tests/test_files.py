@@ -301,6 +301,11 @@ def test_killed_while_writing_a_folder(tmp_path: Path, start: Any) -> None:
         parent = tmp_path / str(round_)
         process = start(EXPORT_FOREVER, parent)
         wait_for(lambda parent=parent: (parent / "run-3").exists(), process)
+        for i in range(4, 24):  # what stands there at any moment is what a crash would leave
+            folder = parent / f"run-{i}"
+            while not folder.exists():
+                assert process.poll() is None
+            assert sorted(p.stat().st_size for p in folder.iterdir()) == [200_000] * 3
         process.send_signal(signal.SIGKILL)
         process.wait()
         whole = sorted(parent.glob("run-*"))

@@ -176,7 +176,7 @@ def changed_json(draw: st.DrawFn, seeds: list[Any], new: st.SearchStrategy[Any] 
         if not places:
             break
         # Short paths first: whole parts of the file are hit as often as single entries.
-        end = draw(st.sampled_from([len(places), max(1, len(places) // 8), min(24, len(places))]))
+        end = draw(st.sampled_from([len(places), min(24, len(places))]))
         path = places[draw(st.integers(0, end - 1))]
         parent = value
         for key in path[:-1]:
@@ -269,7 +269,8 @@ def weights_target(folder: Path) -> Target:
         load_weights(model, path.parent)
 
     single = changed_json([header], values | dtypes | sizes).map(packed)
-    contents = single | header_sizes | damaged([data, data[: header_size + 8]])
+    values_only = st.binary(min_size=8, max_size=8).map(lambda tail: data[:-8] + tail)
+    contents = single | values_only | header_sizes | damaged([data, data[: header_size + 8]])
     indices = changed_json([index], values | files) | damaged([json.dumps(index).encode()])
     return Target(
         st.tuples(st.just("model.safetensors"), contents)
@@ -286,7 +287,9 @@ def config_target(folder: Path) -> Target:
                 Model(config)
 
     raw = [json.dumps(config).encode() for config in CONFIGS]
-    contents = changed_json(CONFIGS) | changed_json(CONFIGS, scalars) | damaged(raw)
+    rope = [{"rope_parameters": CONFIGS[1]["rope_parameters"]}]
+    roped = changed_json(rope).map(lambda found: raw[1][:-1] + b", " + found[1:])
+    contents = changed_json(CONFIGS) | changed_json(CONFIGS, scalars) | roped | damaged(raw)
     return Target(st.tuples(st.just("config.json"), contents), use)
 
 
@@ -317,7 +320,8 @@ def tokenizer_target(folder: Path) -> Target:
 
 def recipe_target(folder: Path) -> Target:
     seed = to_toml(TrainConfig(model="m", output=Path("o"))).encode()
-    keys = st.sampled_from([*field_names(TrainConfig), "lr", "optim", "data.x", "a.b.c"])
+    names = st.sampled_from(field_names(TrainConfig))
+    keys = names | st.sampled_from(["lr", "optim", "data", "log", "data.x", "a.b", "optim.betas"])
     literals = (
         st.integers().map(str)
         | st.floats().map(repr)
@@ -352,7 +356,7 @@ def recipe_target(folder: Path) -> Target:
 def rows_target(folder: Path) -> Target:
     chat = Chat.load(folder)
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [{"role": "system", "content": "s"}, *turns, *turns]},
         {"text": chat.render(turns)},
         {"question": "q", "thinking": "t", "answer": "a"},

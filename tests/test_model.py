@@ -338,6 +338,23 @@ def test_good_config_is_accepted() -> None:
     assert ModelConfig.from_json(GOOD, "config.json").head_dim == 16
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_fields_left_out_are_what_transformers_takes_them_for(
+    model_type: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    needed = {name: value for name, value in GOOD.items() if name != "num_key_value_heads"}
+    values = {**needed, "model_type": model_type, "num_key_value_heads": None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    ours, theirs = read_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    for name in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert theirs.rope_parameters == {"rope_theta": ours.rope_theta, "rope_type": "default"}
+    assert ours.rope_scaling is None
+    assert ours.head_dim == 16
+
+
 @pytest.mark.parametrize(("word", "change"), BAD, ids=[f"{w}-{c}"[:60] for w, c in BAD])
 def test_unsupported_config_names_file_and_field(
     word: str, change: dict[str, Any], tmp_path: Path

@@ -106,8 +106,39 @@ def s1fast(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def resumed(setup: Setup, output: Path) -> subprocess.CompletedProcess[str]:
-    return s1fast("train", str(setup.recipe), "--output", str(output), "--checkpoint.resume")
+def resume(setup: Setup, output: Path) -> list[str]:
+    return ["train", str(setup.recipe), "--output", str(output), "--checkpoint.resume"]
+
+
+Command = Callable[[list[str]], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """The same in this process, which spares it the imports."""
+
+    def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["s1fast", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes of their own: bits depend on it
+    yield run
+    torch.set_num_threads(threads)
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of a command that ended with exit code 2 and one line."""
+    assert done.returncode == 2
+    assert done.stderr.startswith("s1fast: error: ") and done.stderr.count("\n") == 1
+    return done.stderr
 
 
 @dataclass(frozen=True)
@@ -169,15 +200,14 @@ def when(ready: Callable[[Path], bool]) -> Kill:
     """Kills the command from outside as soon as the run's folder looks so."""
 
     def kill(setup: Setup, output: Path) -> None:
-        command = [sys.executable, "-m", "s1fast", "train", str(setup.recipe)]
         process = subprocess.Popen(
-            [*command, "--output", str(output), "--checkpoint.resume"],
+            [sys.executable, "-m", "s1fast", *resume(setup, output)],
             cwd=ROOT,
             env=ENVIRONMENT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        give_up = time.monotonic() + 120
+        give_up = time.monotonic() + 300
         while not ready(output) and process.poll() is None and time.monotonic() < give_up:
             time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)
@@ -190,9 +220,8 @@ def at(*points: tuple[str, int]) -> Kill:
     """The command kills itself at the first of the named calls."""
 
     def kill(setup: Setup, output: Path) -> None:
-        arguments = ["train", str(setup.recipe), "--output", str(output), "--checkpoint.resume"]
         done = subprocess.run(
-            [sys.executable, "-c", DOOMED, json.dumps(points), *arguments],
+            [sys.executable, "-c", DOOMED, json.dumps(points), *resume(setup, output)],
             cwd=ROOT,
             env=ENVIRONMENT,
             capture_output=True,
@@ -228,18 +257,21 @@ def tear_metrics(setup: Setup, output: Path) -> None:
 KILLED: dict[str, list[Kill]] = {
     "between two steps": [steps_logged(7)],
     "while a snapshot is written": [when(writing_a_snapshot)],
-    "three times": [
-        at(("files.os.fsync", 1)),  # config.toml not yet in place
-        at(("snapshot.write_atomic", 4)),  # tensors written, no manifest
-        at(("checkpoint.save_file", 1)),  # during the export
+    "at its start, and at its end": [
+        at(("files.os.fsync", 1)),  # config.toml is not in place yet
+        at(("checkpoint.save_file", 1)),  # the export has begun
     ],
-    "before the first snapshot, and a line torn": [at(("snapshot.save_file", 1)), tear_metrics],
+    "around snapshots, and a line torn": [
+        at(("snapshot.write_atomic", 2)),  # the second's tensors are written, its manifest is not
+        tear_metrics,
+        at(("snapshot.shutil.rmtree", 1)),  # the third is in place, its steps must be logged
+    ],
 }
 
 MORE: dict[str, list[Kill]] = {
     # Every file and folder is flushed before it is renamed: a sweep over the whole run.
     **{f"at flush {n}": [at(("files.os.fsync", n))] for n in (2, 3, 4, 9, 17, 30, 46, 61)},
-    "before an old snapshot goes": [at(("snapshot.shutil.rmtree", 3))],
+    "before the last old snapshot goes": [at(("snapshot.shutil.rmtree", 8))],
     "before the plot": [at(("trainer.plot_loss", 1))],
     "after two steps, then five": [steps_logged(2), steps_logged(7)],
     "again and again": [at(("trainer.Trainer.step", 4)) for _ in range(5)],
@@ -258,7 +290,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     def survive(name: str) -> subprocess.CompletedProcess[str]:
         for kill in cases[name]:
             kill(setup, tmp_path / name)
-        return resumed(setup, tmp_path / name)
+        return s1fast(*resume(setup, tmp_path / name))
 
     with ThreadPoolExecutor(2) as pool:
         for name, done in zip(cases, pool.map(survive, cases), strict=True):
@@ -342,45 +374,51 @@ def test_no_bit_of_the_manifest_goes_unnoticed(two_snapshots: Path) -> None:
     assert found is not None and found.step == STEPS and not warnings
 
 
-def test_a_damaged_snapshot_costs_only_its_steps(setup: Setup, tmp_path: Path) -> None:
+def test_a_damaged_snapshot_costs_only_its_steps(
+    setup: Setup, tmp_path: Path, command: Command
+) -> None:
     """Warned of and set aside; the run goes on from the one before and ends in the same bits."""
     run = tmp_path / "run"
     shutil.copytree(setup.whole, run)
     shutil.rmtree(run / "hf")
     flip(run / "snapshots" / f"step-{STEPS:06}" / TENSORS, -1)
-    done = resumed(setup, run)
+    done = command(resume(setup, run))
     assert done.returncode == 0, done.stderr
     assert f"warning: {run}/snapshots/step-{STEPS:06}" in done.stdout
     assert f"resuming after step {STEPS - EVERY}" in done.stdout
     assert_same_outcome(run, setup.whole, "damaged")
 
 
-def test_when_all_are_damaged_the_run_starts_anew(setup: Setup, tmp_path: Path) -> None:
+def test_when_all_are_damaged_the_run_starts_anew(
+    setup: Setup, tmp_path: Path, command: Command
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(setup.whole, run)
     shutil.rmtree(run / "hf")
     for folder in (run / "snapshots").iterdir():
         flip(folder / TENSORS, -1)
-    done = resumed(setup, run)
+    done = command(resume(setup, run))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: ") == 2 and "resuming" not in done.stdout
     assert_same_outcome(run, setup.whole, "all damaged")
 
 
+def test_a_diverged_run_keeps_its_last_good_snapshot(
+    setup: Setup,
+    tmp_path: Path,
+    command: Command,
+) -> None:
+    """The rate is 0 in step 1 and absurd in step 2, so the loss of step 3 is none."""
+    arguments = ["train", str(setup.recipe), "--output", str(tmp_path / "run")]
+    error = refusal(command([*arguments, "--optim.lr", "1e30", "--checkpoint.every", "1"]))
+    assert "step 3: loss " in error and "optim.lr" in error
+    found, _ = snapshot.newest(tmp_path / "run" / "snapshots", repair=False)
+    assert found is not None and found.step == 2
+    assert all(x.isfinite().all() for x in load_file(found.folder / TENSORS).values())
+    assert not (tmp_path / "run" / "hf").exists()
+
+
 # -- changed -------------------------------------------------------------------------------------
-
-
-def refusal(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """Runs the command here; it must end with exit code 2 and one line."""
-    monkeypatch.setattr(sys, "argv", ["s1fast", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("s1fast: error: ") and error.count("\n") == 1
-    return error
 
 
 def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
@@ -409,16 +447,13 @@ def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
 def test_a_changed_recipe_is_another_run(
     change: str,
     setup: Setup,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: Command,
 ) -> None:
     """The message names the field and both values; nothing is touched."""
     flag, value = change.split("=")
     before = contents(setup.whole)
     error = refusal(
-        ["train", str(setup.recipe), "--checkpoint.resume", flag, *value.split()],
-        monkeypatch,
-        capsys,
+        command(["train", str(setup.recipe), "--checkpoint.resume", flag, *value.split()])
     )
     field = flag.removeprefix("--").replace("-", "_")
     assert f"{field}: " in error and ", was " in error
@@ -426,9 +461,7 @@ def test_a_changed_recipe_is_another_run(
     assert contents(setup.whole) == before
 
 
-def test_changed_data_is_another_run(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_data_is_another_run(setup: Setup, command: Command) -> None:
     """One digit of one row; and a row more, which also changes the schedule."""
     rows, before = setup.rows.read_text(), contents(setup.whole)
     arguments = ["train", str(setup.recipe), "--checkpoint.resume"]
@@ -436,32 +469,28 @@ def test_changed_data_is_another_run(
         for changed in (rows.replace("sum of 7", "sum of 8"), rows + rows.splitlines()[0] + "\n"):
             assert changed != rows
             setup.rows.write_text(changed)
-            error = refusal(arguments, monkeypatch, capsys)
+            error = refusal(command(arguments))
             assert "data_sha256" in error and f"step-{STEPS:06}" in error
             assert contents(setup.whole) == before
     finally:
         setup.rows.write_text(rows)
 
 
-def test_a_run_is_not_overwritten(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_not_overwritten(setup: Setup, command: Command) -> None:
     before = contents(setup.whole)
-    error = refusal(["train", str(setup.recipe)], monkeypatch, capsys)
+    error = refusal(command(["train", str(setup.recipe)]))
     assert "--checkpoint.resume" in error and str(setup.whole) in error
     assert contents(setup.whole) == before
 
 
-def test_what_may_change_does_not_matter(setup: Setup, tmp_path: Path) -> None:
+def test_what_may_change_does_not_matter(setup: Setup, tmp_path: Path, command: Command) -> None:
     """Another number of kept snapshots and other logging, where the run goes on."""
     run = tmp_path / "run"
     shutil.copytree(setup.whole, run)
     shutil.rmtree(run / "hf")
     shutil.rmtree(run / "snapshots" / f"step-{STEPS:06}")
-    done = s1fast(
-        *("train", str(setup.recipe), "--output", str(run), "--checkpoint.resume"),
-        *("--checkpoint.every", "1", "--checkpoint.keep", "3", "--log.every", "2"),
-    )
+    other = ["--checkpoint.every", "1", "--checkpoint.keep", "3", "--log.every", "2"]
+    done = command([*resume(setup, run), *other])
     assert done.returncode == 0, done.stderr
     kept = sorted(path.name for path in (run / "snapshots").iterdir())
     assert kept == [f"step-{step:06}" for step in (18, 19, 20)]
@@ -522,8 +551,7 @@ def test_export_is_the_runs_own_folder(setup: Setup, tmp_path: Path) -> None:
 def test_export_touches_nothing_of_a_run_that_goes_on(
     setup: Setup,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: Command,
 ) -> None:
     """A snapshot being written stays; a damaged one is passed over with a warning."""
     run = tmp_path / "run"
@@ -532,9 +560,9 @@ def test_export_touches_nothing_of_a_run_that_goes_on(
     (run / "snapshots" / ".step-000022.x.tmp").mkdir()
     (run / "snapshots" / ".step-000022.x.tmp" / TENSORS).write_bytes(b"half")
     before = contents(run)
-    monkeypatch.setattr(sys, "argv", ["s1fast", "export", str(run), str(tmp_path / "out")])
-    cli.main()
-    assert f"warning: {run}/snapshots/step-{STEPS:06}" in capsys.readouterr().err.replace("\n", "")
+    done = command(["export", str(run), str(tmp_path / "out")])
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "out")
+    assert f"warning: {run}/snapshots/step-{STEPS:06}" in done.stderr
     assert contents(run) == before
     exported = load_file(tmp_path / "out" / "model.safetensors")
     old = load_file(run / "snapshots" / f"step-{STEPS - EVERY:06}" / TENSORS)
@@ -545,21 +573,20 @@ def test_export_touches_nothing_of_a_run_that_goes_on(
 def test_export_without_a_run_or_snapshot(
     setup: Setup,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: Command,
 ) -> None:
     target = tmp_path / "out"
-    error = refusal(["export", str(tmp_path), str(target)], monkeypatch, capsys)
+    error = refusal(command(["export", str(tmp_path), str(target)]))
     assert f"{tmp_path}: no config.toml there" in error
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(setup.whole / "config.toml", run)
-    error = refusal(["export", str(run), str(target)], monkeypatch, capsys)
+    error = refusal(command(["export", str(run), str(target)]))
     assert error == f"s1fast: error: {run}: no whole snapshot there\n"
     shutil.copytree(setup.whole / "snapshots", run / "snapshots")
     for folder in (run / "snapshots").iterdir():
         flip(folder / TENSORS, -1)
-    error = refusal(["export", str(run), str(target)], monkeypatch, capsys)
+    error = refusal(command(["export", str(run), str(target)]))
     assert "no whole snapshot there; " in error and "checksum differs" in error
     assert not target.exists()
 

@@ -1,8 +1,9 @@
 """Two toy tasks whose reasoning can stop early or go on, and the words to write them with.
 
 In both, a round of thinking gives up after three steps and the model ends its thinking; "Wait"
-makes it go on where it stopped. The early stop is planted by the training traces: most of them end
-after a round. So what the demo shows is thinking continued under a budget, not mistakes repaired.
+makes it go on where it stopped. The early stop is planted by the training traces: after a round,
+stopping is their likeliest next word. So what the demo shows is thinking continued under a budget,
+not mistakes repaired.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from s1fast.files import make_directory, write_atomic
 
@@ -25,32 +26,6 @@ GO_ON = ("Wait", "Hmm", "Alternatively", "But", "Again", "So")
 less likely, so greedy decoding stops."""
 
 
-class Task(Protocol):
-    """A family of problems with words for question, trace and answer."""
-
-    width: int
-    num_layers: int
-    num_steps: int
-    """Optimizer steps of 16 sequences that teach it."""
-    title: str
-    budgets: tuple[int, ...]
-    """Thinking budgets below the natural length."""
-
-    def words(self) -> list[str]: ...
-
-    def split(self, rng: random.Random) -> tuple[list[Any], list[Any]]:
-        """Problems to train on and, disjoint, to evaluate on."""
-        ...
-
-    def question(self, problem: Any) -> str: ...
-
-    def trace(self, problem: Any, go_ons: Sequence[str]) -> tuple[str, str]:
-        """Thinking over a round and one more for each go-on, and the answer it leads to."""
-        ...
-
-    def solution(self, problem: Any) -> str: ...
-
-
 @dataclass(frozen=True)
 class IteratedMap:
     """Apply x -> (5 x + 7) mod 97 up to twelve times: serial work that cannot be skipped."""
@@ -58,8 +33,10 @@ class IteratedMap:
     width: int = 64
     num_layers: int = 2
     num_steps: int = 1200
+    """Optimizer steps of 16 sequences that teach it."""
     title: str = "apply x -> (5x + 7) mod 97 up to 12 times"
     budgets: tuple[int, ...] = (0, 3, 6)
+    """Thinking budgets below the natural length."""
     modulus: int = 97
     most: int = 12
 
@@ -68,6 +45,7 @@ class IteratedMap:
         return ["Apply", " times", " to", *numbers, *(f"{i}:" for i in range(self.most + 1))]
 
     def split(self, rng: random.Random) -> tuple[list[Any], list[Any]]:
+        """Problems to train on and, disjoint, to evaluate on."""
         pairs = [(x, n) for x in range(self.modulus) for n in range(1, self.most + 1)]
         rng.shuffle(pairs)
         return pairs[240:], pairs[:240]
@@ -77,6 +55,7 @@ class IteratedMap:
         return f"Apply {times} times to {x}"
 
     def trace(self, problem: Any, go_ons: Sequence[str]) -> tuple[str, str]:
+        """Thinking over a round and one more for each go-on, and the answer it leads to."""
         x, left = problem
         lines = []
         for word in ("", *go_ons):
@@ -152,6 +131,7 @@ class PairSearch:
         return f"{a} {b}"
 
 
+Task = IteratedMap | PairSearch
 TASKS: dict[str, Task] = {"map": IteratedMap(), "search": PairSearch()}
 
 
@@ -161,7 +141,8 @@ def write_rows(task: Task, problems: list[Any], num_rows: int, seed: int, path: 
     rng = random.Random(seed)
     lines = []
     for _ in range(num_rows):
-        problem, go_ons = rng.choice(problems), []
+        problem = rng.choice(problems)
+        go_ons: list[str] = []
         while rng.random() > STOP_PROBABILITY and len(go_ons) < MOST_ROUNDS - 1:
             go_ons.append(rng.choice(GO_ON))
         thinking, answer = task.trace(problem, go_ons)

@@ -171,7 +171,7 @@ class Chat:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.render(messages[:i], add_generation_prompt=True) if i else ""
+            before = self.render(messages[:i], add_generation_prompt=True)
             after = text if i == len(messages) - 1 else self.render(messages[: i + 1])
             if not (text.startswith(before) and text.startswith(after)):
                 raise InputError(

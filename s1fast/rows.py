@@ -59,10 +59,15 @@ def _files(path: Path, split: str) -> list[Path]:
             raise InputError(f"{path}: expected a .jsonl or .parquet file, or a folder of them")
         return [path]
     files = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".parquet"))
-    chosen = [file for file in files if split in file.name] or files
-    if not chosen:
+    if not files:
         raise InputError(f"{path}: no .jsonl or .parquet files there")
-    return chosen
+    chosen = [file for file in files if split in file.name]
+    if chosen:
+        return chosen
+    if any(name in file.name for file in files for name in ("train", "test", "valid")):
+        names = ", ".join(file.name for file in files[:5])
+        raise InputError(f"{path}: data.split {split!r} names none of its files, {names}")
+    return files
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

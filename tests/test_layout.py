@@ -137,7 +137,7 @@ def test_folders_are_reached_through_s1fast(path: Path) -> None:
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=relative)
 def test_files_stay_short(path: Path) -> None:
     lines = len(path.read_text().splitlines())
-    assert lines <= (600 if path in TESTS else 500)
+    assert lines <= (800 if path in TESTS else 500)
 
 
 def test_folders_have_no_init() -> None:

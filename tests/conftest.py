@@ -11,6 +11,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Most tensors here are tiny: several threads would mostly wait for each other, badly so on a
+# machine that does something else as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

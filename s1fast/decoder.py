@@ -61,7 +61,7 @@ class SamplingParams:
         rules = [
             (
                 "temperature",
-                self.temperature == 0 or _number(self.temperature, COLDEST, math.inf),
+                _number(self.temperature, 0, math.inf) and not 0 < self.temperature < COLDEST,
                 f"0 or a number from {COLDEST}",
             ),
             ("top_k", type(self.top_k) is int and self.top_k >= 0, "a count"),

@@ -675,6 +675,7 @@ def test_bfloat16_decodes(make_model: MakeModel) -> None:
         ({"temperature": float("inf")}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 1e-40}, "temperature"),
+        ({"temperature": False}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 2.5}, "top_k"),
         ({"top_p": 0.0}, "top_p"),

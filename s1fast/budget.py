@@ -215,6 +215,12 @@ def compile_program(
             f"min_thinking_tokens {budget.min_thinking_tokens} is above what "
             f"max_thinking_tokens 'auto' leaves, {longest}"
         )
+    ignore_ids = tuple(tuple(chat.encode(text)) for text in budget.ignore_texts)
+    if any(end_ids & set(ids) for ids in ignore_ids):
+        raise InputError(
+            f"ignore_text {budget.ignore_text!r} holds a marker that ends thinking: "
+            f"{' or '.join(END_TOKENS)}"
+        )
     return Program(
         max_tokens=limit,
         room=room,
@@ -227,7 +233,7 @@ def compile_program(
         num_ignore=budget.num_ignore or 0,
         mask_first=budget.num_ignore is not None,
         end_ids=end_ids,
-        ignore_ids=tuple(tuple(chat.encode(text)) for text in budget.ignore_texts),
+        ignore_ids=ignore_ids,
         natural_ids=tuple(chat.encode(THINK_END)),
         forced_ids=tuple(forced),
         newline_ids=tuple(newline),

@@ -612,9 +612,6 @@ def test_harness_has_no_run_with_ignores_and_a_minimum() -> None:
     Budget(**fields, min_thinking_tokens=2)
 
 
-# -- compile_program: a request with a real tokenizer ---------------------------------------
-
-
 @pytest.fixture(scope="module")
 def chat(tiny_tokenizer: Path) -> Chat:
     return Chat(load_tokenizer(tiny_tokenizer), CHATML, [2], "tiny")
@@ -735,6 +732,11 @@ def test_thinking_of_the_prompt_lowers_what_max_tokens_must_hold(chat: Chat) -> 
 def test_minimum_above_max_tokens_is_refused(chat: Chat) -> None:
     with pytest.raises(InputError, match="min_thinking_tokens 30"):
         compiled(chat, Budget(min_thinking_tokens=30), PROMPT, max_tokens=29)
+
+
+def test_an_ignore_text_that_ends_thinking_is_refused(chat: Chat) -> None:
+    with pytest.raises(InputError, match="ignore_text .* holds a marker"):
+        compiled(chat, Budget(num_ignore=1, ignore_text=["Wait", "no<|im_end|>"]), PROMPT)
 
 
 def test_open_thinking_in_the_prompt_counts(chat: Chat) -> None:

@@ -735,7 +735,7 @@ def test_minimum_above_max_tokens_is_refused(chat: Chat) -> None:
 
 
 def test_an_ignore_text_that_ends_thinking_is_refused(chat: Chat) -> None:
-    with pytest.raises(InputError, match="ignore_text .* holds a marker"):
+    with pytest.raises(InputError, match=r"ignore_text .* holds a marker"):
         compiled(chat, Budget(num_ignore=1, ignore_text=["Wait", "no<|im_end|>"]), PROMPT)
 
 

@@ -206,7 +206,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
 def save_model(
     model: Model, source: Path, target: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes a folder that transformers, vLLM and s1fast load: whole, or not at all.
+    """Writes a folder that transformers and s1fast load: whole, or not at all.
 
     Args:
         source: folder that config.json, tokenizer and generation files are taken from.

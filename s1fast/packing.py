@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -54,6 +55,10 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
     return generator.permutation(num_examples).tolist()
 
 
+# Every step of an epoch asks for its order, once to train and once to report.
+_order_of_epoch = lru_cache(maxsize=2)(epoch_order)
+
+
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
@@ -64,7 +69,7 @@ def step_indices(num_examples: int, batch_size: int, seed: int, step: int) -> li
     That filling is what s1's 16 ranks did: 1,000 examples make 63 steps an epoch, 315 in five.
     """
     epoch, i = divmod(step, steps_per_epoch(num_examples, batch_size))
-    order = epoch_order(num_examples, seed, epoch)
+    order = _order_of_epoch(num_examples, seed, epoch)
     return [order[j % num_examples] for j in range(i * batch_size, (i + 1) * batch_size)]
 
 

@@ -343,11 +343,23 @@ class Model(nn.Module):
         return _linear(rms_norm(hidden_TD, self.head.norm, self.head.eps), self.head_weight)
 
     def loss(
-        self, hidden_TD: Tensor, label_T: Tensor, loss_weight_T: Tensor, valid_rows: Tensor
+        self,
+        hidden_TD: Tensor,
+        label_T: Tensor,
+        loss_weight_T: Tensor,
+        valid_rows: Tensor,
+        bad_labels: Tensor | None = None,
     ) -> Tensor:
         """Weighted cross-entropy; arguments as linear_cross_entropy takes them."""
         normed_TD = rms_norm(hidden_TD, self.head.norm, self.head.eps)
-        return linear_cross_entropy(normed_TD, self.head_weight, label_T, loss_weight_T, valid_rows)
+        return linear_cross_entropy(
+            normed_TD,
+            self.head_weight,
+            label_T,
+            loss_weight_T,
+            valid_rows,
+            bad_labels=bad_labels,
+        )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -41,6 +41,8 @@ class StepResult:
 
     loss: Tensor
     grad_norm: Tensor
+    bad_labels: Tensor
+    """How many labels were no token of the vocabulary."""
 
 
 class Trainer:
@@ -65,14 +67,15 @@ class Trainer:
         c = self.config
         set_learning_rate(self.optimizer, learning_rate(step, self.num_steps, c.optim))
         loss = torch.zeros((), device=self.device)
+        bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
         for stream in pack_batch(self.batch(step), c.data.loss_weight, c.microbatch_tokens):
-            partial = stream_loss(self.model, stream.to(self.device))
+            partial = stream_loss(self.model, stream.to(self.device), bad_labels)
             partial.backward()
             loss += partial.detach()
         grad_norm = clip_gradients(self.model, c.optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, grad_norm)
+        return StepResult(loss, grad_norm, bad_labels)
 
     # -- resumable state --------------------------------------------------------------------
 
@@ -104,14 +107,16 @@ class Trainer:
         return {"data_sha256": digest.hexdigest(), "num_steps": self.num_steps}
 
 
-def stream_loss(model: Model, stream: PackedBatch) -> Tensor:
-    """Weighted loss of one packed stream."""
+def stream_loss(model: Model, stream: PackedBatch, bad_labels: Tensor | None = None) -> Tensor:
+    """Weighted loss of one packed stream; bad_labels as in linear_cross_entropy."""
 
     def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
         return packed_attention(q_THK, k_TNK, v_TNK, stream.cu_seqlens, stream.max_seqlen)
 
     hidden_TD = model(stream.ids_T, stream.positions_T, attend)
-    return model.loss(hidden_TD, stream.label_T, stream.loss_weight_T, stream.valid_rows)
+    return model.loss(
+        hidden_TD, stream.label_T, stream.loss_weight_T, stream.valid_rows, bad_labels
+    )
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -213,6 +218,11 @@ def _loop(trainer: Trainer, start: int, console: Console) -> None:
             step, result, started = pending
             ended = launched  # the host runs one step ahead, so launches are a step apart
             loss, grad_norm = float(result.loss), float(result.grad_norm)
+            if num_bad := int(result.bad_labels):
+                raise InputError(
+                    f"step {step + 1}: {num_bad} labels are outside the model's vocabulary; "
+                    "training stopped, the snapshots are from before; check the tokenizer"
+                )
             if not (np.isfinite(loss) and np.isfinite(grad_norm)):
                 raise InputError(
                     f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped, "

@@ -10,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s1fast.kernels import linear_cross_entropy as lce_module
-from s1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from s1fast.kernels.packed_attention import packed_attention
 from s1fast.kernels.rms_norm import rms_norm
 from s1fast.kernels.rope import rope
 from s1fast.kernels.swiglu import swiglu
 
 # Half a unit in the last place of each dtype, relative: what one rounding costs.
-ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,209 +27,6 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 def gap(found: Tensor, wanted: Tensor) -> float:
     """Relative error in norm."""
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-# -- linear_cross_entropy ----------------------------------------------------------------------
-
-
-class Problem:
-    """Hidden states, head, labels on some rows only, and positive weights."""
-
-    def __init__(
-        self,
-        rows: int = 37,
-        width: int = 24,
-        vocab: int = 101,
-        labelled: int = 20,
-        dtype: torch.dtype = torch.float32,
-        weight_dtype: torch.dtype | None = None,
-    ) -> None:
-        generator = torch.Generator().manual_seed(rows)
-        self.hidden_TD = random(rows, width, dtype=dtype)
-        self.weight_VD = random(vocab, width, seed=1, dtype=weight_dtype or dtype)
-        self.valid_rows = torch.randperm(rows, generator=generator)[:labelled].sort().values
-        self.label_T = torch.full((rows,), -100)
-        self.label_T[self.valid_rows] = torch.randint(vocab, (labelled,), generator=generator)
-        self.loss_weight_T = torch.zeros(rows)
-        self.loss_weight_T[self.valid_rows] = torch.rand(labelled, generator=generator) + 0.1
-
-    def ours(self, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, d hidden and d weight of `scale` times the loss."""
-        hidden_TD, weight_VD = (
-            x.clone().requires_grad_() for x in (self.hidden_TD, self.weight_VD)
-        )
-        loss = linear_cross_entropy(
-            hidden_TD, weight_VD, self.label_T, self.loss_weight_T, self.valid_rows
-        )
-        (loss * scale).backward()
-        assert hidden_TD.grad is not None and weight_VD.grad is not None
-        return loss.detach(), hidden_TD.grad, weight_VD.grad
-
-    def exact(self, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by float64 autograd, all logits held."""
-        hidden_TD, weight_VD = (
-            x.double().clone().requires_grad_() for x in (self.hidden_TD, self.weight_VD)
-        )
-        logits_TV = hidden_TD @ weight_VD.T
-        nll_T = F.cross_entropy(logits_TV, self.label_T, ignore_index=-100, reduction="none")
-        loss = (nll_T * self.loss_weight_T).sum()
-        (loss * scale).backward()
-        assert hidden_TD.grad is not None and weight_VD.grad is not None
-        return loss.detach(), hidden_TD.grad, weight_VD.grad
-
-
-# Sums of at most 101 fp32 terms: their errors stay below 50 roundings.
-FP32 = 50 * ROUNDING[torch.float32]
-# A logit of 24 bf16 products, size up to about 20, is rounded once, so a probability is off by
-# 20 * 2^-9 = 4 % at the worst and by about a quarter of that in norm; the gradient's own two
-# roundings are small beside it.
-BF16 = 5 * ROUNDING[torch.bfloat16]
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 7, 20, 1000])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        (torch.float64, 50 * ROUNDING[torch.float64]),
-        (torch.float32, FP32),
-        (torch.bfloat16, BF16),
-    ],
-    ids=str,
-)
-def test_cross_entropy_is_float64s(
-    dtype: torch.dtype, tolerance: float, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Values and both gradients; chunks of one row, of a ragged number, of exactly all, of more."""
-    problem = Problem(dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    monkeypatch.setattr(lce_module, "CHUNK_BYTES", chunk_rows * 101 * wide.itemsize)
-    loss, dhidden_TD, dweight_VD = problem.ours(scale=3.0)
-    want, want_dhidden_TD, want_dweight_VD = problem.exact(scale=3.0)
-    assert loss.dtype == wide
-    assert dhidden_TD.dtype == dweight_VD.dtype == dtype
-    assert gap(loss, want) <= tolerance
-    assert gap(dhidden_TD, want_dhidden_TD) <= tolerance
-    assert gap(dweight_VD, want_dweight_VD) <= tolerance
-
-
-def test_cross_entropy_chunks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No product holds more than CHUNK_BYTES of logits, and a row is the least there is."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.mm.default and out.shape[1] == vocab:
-                Largest.numel = max(Largest.numel, out.numel())
-            return out
-
-    problem, vocab = Problem(rows=40, labelled=40, width=4, vocab=64), 64
-    for budget, rows in ((3 * vocab * 4, 3), (1, 1)):
-        Largest.numel = 0
-        monkeypatch.setattr(lce_module, "CHUNK_BYTES", budget)
-        with Largest():
-            problem.ours()
-        assert Largest.numel == rows * vocab
-
-
-def test_cross_entropy_mixed_precision() -> None:
-    """bf16 arithmetic on an fp32 head: the head's gradient comes in fp32, unrounded at the end."""
-    problem = Problem(dtype=torch.bfloat16, weight_dtype=torch.float32)
-    loss, dhidden_TD, dweight_VD = problem.ours()
-    want, want_dhidden_TD, want_dweight_VD = problem.exact()
-    assert loss.dtype == dweight_VD.dtype == torch.float32
-    assert dhidden_TD.dtype == torch.bfloat16
-    assert gap(loss, want) <= BF16
-    assert gap(dhidden_TD, want_dhidden_TD) <= BF16
-    assert gap(dweight_VD, want_dweight_VD) <= BF16
-
-
-def test_cross_entropy_ignores_masked_rows() -> None:
-    """NaN, labels and weights in rows without a label reach nothing."""
-    clean, dirty = Problem(), Problem()
-    masked = torch.ones(37, dtype=torch.bool)
-    masked[clean.valid_rows] = False
-    dirty.hidden_TD[masked] = float("nan")
-    dirty.label_T[masked] = 1 << 40
-    dirty.loss_weight_T[masked] = float("inf")
-    found, wanted = dirty.ours(), clean.ours()
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert found[1][masked].count_nonzero() == 0
-    assert (found[1][~masked].abs().sum(1) > 0).all()
-
-
-def test_cross_entropy_of_no_rows_is_zero() -> None:
-    loss, dhidden_TD, dweight_VD = Problem(labelled=0).ours()
-    assert loss == 0.0
-    assert dhidden_TD.shape == (37, 24) and dhidden_TD.count_nonzero() == 0
-    assert dweight_VD.shape == (101, 24) and dweight_VD.count_nonzero() == 0
-
-
-def test_cross_entropy_survives_huge_logits() -> None:
-    """Logits of thousands: exp overflows unless the maximum is taken out first."""
-    problem = Problem()
-    problem.hidden_TD *= 1e3
-    loss, dhidden_TD, dweight_VD = problem.ours()
-    want, want_dhidden_TD, want_dweight_VD = problem.exact()
-    assert gap(loss, want) <= FP32
-    # The softmax is 0 or 1 here: nothing of the logits' absolute error reaches the gradients.
-    assert gap(dhidden_TD, want_dhidden_TD) <= FP32
-    assert gap(dweight_VD, want_dweight_VD) <= FP32
-
-
-def test_cross_entropy_without_grad_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under no_grad, or where nothing requires it, only the logits' product is taken."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    p = Problem()
-    arguments = (p.label_T, p.loss_weight_T, p.valid_rows)
-    forward = 2 * 20 * 101 * 24
-
-    def flops(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[int, Tensor]:
-        with FlopCounterMode(display=False) as counter:
-            loss = linear_cross_entropy(hidden_TD, weight_VD, *arguments)
-        return counter.get_total_flops(), loss
-
-    needy = p.hidden_TD.clone().requires_grad_()
-    with torch.no_grad():
-        assert flops(needy, p.weight_VD)[0] == forward
-    count, loss = flops(p.hidden_TD, p.weight_VD)
-    assert count == forward and not loss.requires_grad
-    count, with_grad = flops(needy, p.weight_VD)
-    assert count == 3 * forward and with_grad.requires_grad
-    assert torch.equal(loss, with_grad)
-
-
-BAD_CROSS_ENTROPY: dict[str, tuple[str, Callable[[Problem], object]]] = {
-    "hidden 1-d": ("hidden", lambda p: setattr(p, "hidden_TD", p.hidden_TD[0])),
-    "weight 1-d": ("weight", lambda p: setattr(p, "weight_VD", p.weight_VD[0])),
-    "widths differ": ("disagree", lambda p: setattr(p, "weight_VD", p.weight_VD[:, 1:])),
-    "too few labels": ("label_T", lambda p: setattr(p, "label_T", p.label_T[1:])),
-    "too few weights": (
-        "loss_weight_T",
-        lambda p: setattr(p, "loss_weight_T", p.loss_weight_T[1:]),
-    ),
-    "int32 labels": ("label_T", lambda p: setattr(p, "label_T", p.label_T.int())),
-    "int32 rows": ("valid_rows", lambda p: setattr(p, "valid_rows", p.valid_rows.int())),
-    "mask for rows": ("valid_rows", lambda p: setattr(p, "valid_rows", p.label_T >= 0)),
-}
-
-
-@pytest.mark.parametrize("name", BAD_CROSS_ENTROPY)
-def test_cross_entropy_names_bad_arguments(name: str) -> None:
-    word, spoil = BAD_CROSS_ENTROPY[name]
-    problem = Problem()
-    spoil(problem)
-    with pytest.raises(ValueError, match=rf"\b{word}\b"):
-        linear_cross_entropy(
-            problem.hidden_TD,
-            problem.weight_VD,
-            problem.label_T,
-            problem.loss_weight_T,
-            problem.valid_rows,
-        )
 
 
 # -- packed_attention --------------------------------------------------------------------------
@@ -311,7 +106,8 @@ def test_attention_scale_and_bf16() -> None:
     rounded = [x.bfloat16().double() for x in (q, k, v)]
     # Inputs are exact; scores stay fp32, probabilities and the result are rounded to bf16.
     assert low.dtype == torch.bfloat16
-    assert gap(low, dense_attention(*rounded, [0, 4, 11], 8**-0.5)) <= 3 * ROUNDING[torch.bfloat16]
+    wanted = dense_attention(*rounded, [0, 4, 11], 8**-0.5)
+    assert gap(low, wanted) <= 1.5 * ROUNDING[torch.bfloat16]
 
 
 def test_attention_keeps_sequences_apart() -> None:

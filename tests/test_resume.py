@@ -25,6 +25,7 @@ from torch import Tensor
 
 from s1fast import cli, snapshot
 from s1fast.errors import InputError
+from s1fast.packing import PackedBatch, pack_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY, KEEP = 20, 2, 2
@@ -630,3 +631,51 @@ def test_nothing_is_ever_unpickled() -> None:
         "np.load('x', allow_pickle=True)",
     ):
         assert unpickling(bad), bad
+
+
+# -- runs that must not go on -------------------------------------------------------------------
+
+
+def label_beyond(stream: PackedBatch) -> None:
+    stream.label_T[stream.valid_rows[0]] = 1 << 20
+
+
+def weight_not_finite(stream: PackedBatch) -> None:
+    stream.loss_weight_T[stream.valid_rows[0]] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (label_beyond, "step 4: 1 labels are outside the model's vocabulary"),
+        (weight_not_finite, "step 4: loss nan, gradient norm nan"),
+    ],
+)
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_spoilt_step_is_in_no_snapshot(
+    spoil: Callable[[PackedBatch], None],
+    message: str,
+    every: int,
+    setup: Setup,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps 1 to 3 are sound, the fourth is not: its metrics are read before anything is saved."""
+    steps = iter(range(1, 100))
+
+    def pack(*arguments: Any) -> Iterator[PackedBatch]:
+        number = next(steps)
+        for stream in pack_batch(*arguments):
+            if number == 4:
+                spoil(stream)
+                number = 0
+            yield stream
+
+    monkeypatch.setattr("s1fast.trainer.pack_batch", pack)
+    flags = ["--output", str(tmp_path / "run"), "--checkpoint.every", str(every)]
+    done = command(["train", str(setup.recipe), *flags])
+    assert done.returncode == 2 and message in done.stderr
+    newest, _ = snapshot.newest(tmp_path / "run" / "snapshots", repair=False)
+    assert newest is not None and newest.step == 3 // every * every
+    assert not (tmp_path / "run" / "hf").exists()

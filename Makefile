@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WEIGHTS := .models/smollm2-135m
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint gpu bench setup weights clean
+.PHONY: demo test test-slow mutate lint gpu bench setup weights clean
 
 setup: $(VENV)/.ready
 
@@ -33,18 +33,23 @@ test: weights
 test-slow: weights
 	$(PYTEST) -q -m "slow and not gpu" --durations=20
 
+# Breaks the kernels in one place after another: some test must fail each time. A few minutes.
+mutate: $(VENV)/.ready
+	$(BIN)/python tests/mutation_check.py
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # On a machine with a GPU, straight from the checkout with its own Python: nothing is installed.
+# One result file, bench/results/<device>-<date>-<commit>.json, holds roofs and kernels.
 gpu:
 	$(PYTHON) -m pytest -q -W default -m gpu --durations=20
 	$(MAKE) bench
 
 bench:
-	$(PYTHON) -m s1fast.bench.roofs
+	$(PYTHON) -m s1fast.bench.kernels
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

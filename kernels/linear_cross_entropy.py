@@ -431,12 +431,13 @@ def _scale_kernel(x_ptr, scale_ptr, numel, BLOCK: tl.constexpr):
 
 COMPILE_CASES = [
     (
-        f"linear_cross_entropy_scale/{name}",
+        f"linear_cross_entropy/scale/{name}/{numel}",
         _scale_kernel,
-        {"x_ptr": f"*{name}", "scale_ptr": "*fp32", "numel": "i64:16"},
+        {"x_ptr": f"*{name}", "scale_ptr": "*fp32", "numel": numel},
         {"BLOCK": _SCALE_BLOCK},
         {"num_warps": 4},
     )
     for name in ("bf16", "fp32")
+    for numel in ("i32:16", "i64:16", "i32")
 ]
 """As softmax_gradient.COMPILE_CASES."""

@@ -106,7 +106,7 @@ def _softmax_gradient_kernel(
     whole = vocab // TILE * TILE  # columns in whole tiles; the ragged rest stays in registers
     rest_JL = column_JL < vocab - whole
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        row_ptr = logits_ptr + row * row_stride.to(tl.int64)
+        row_ptr = logits_ptr + tl.cast(row, tl.int64) * row_stride
         weight = tl.load(weight_ptr + row)
         if weight != 0.0:
             own_ptr = row_ptr + tl.load(label_ptr + row)
@@ -182,23 +182,23 @@ def num_programs(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-_SIGNATURE = {
+_TYPES = {
     "label_ptr": "*i64",
     "weight_ptr": "*fp32",
     "logprob_ptr": "*fp32",
     "num_rows": "i32",
-    "vocab": "i32:16",
     "row_stride": "i32:16",
 }
 COMPILE_CASES = [
     (
-        f"softmax_gradient/{name}/{'train' if write else 'evaluate'}",
+        f"softmax_gradient/{name}/{'train' if write else 'evaluate'}{suffix}",
         _softmax_gradient_kernel,
-        {"logits_ptr": f"*{name}", **_SIGNATURE},
+        {"logits_ptr": f"*{name}", "vocab": vocab, **_TYPES},
         {**_launch_options(dtype)[0], "WRITE": write},
         _launch_options(dtype)[1],
     )
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
     for write in (True, False)
+    for vocab, suffix in (("i32:16", ""), ("i32", "/odd vocabulary"))
 ]
 """(name, kernel, argument types, constants, options) of what is shipped; ":16" divides by 16."""

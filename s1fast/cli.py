@@ -31,6 +31,9 @@ Generate
   demo                                 train a tiny reasoning model and watch accuracy rise with
                                        thinking, then decode real weights: two minutes on a laptop
 
+Measure
+  bench kernels                        time our kernels beside their peers and the device's ceilings
+
 Examples
   s1fast train recipes/smollm2-gsm8k-cpu.toml --data.preview 2
   s1fast train recipes/smollm2-gsm8k-cpu.toml --output out/mine --optim.lr 2e-5
@@ -114,6 +117,7 @@ def main() -> None:
         "export": _export,
         "generate": _generate,
         "demo": _demo,
+        "bench": _bench,
     }
     command = commands.get(arguments[0])
     try:
@@ -233,3 +237,12 @@ def _demo(arguments: list[str]) -> None:
     from s1fast.demo import run
 
     run(config.task, seed=config.seed, output=config.output, weights=config.weights)
+
+
+def _bench(arguments: list[str]) -> None:
+    kind = _positional(arguments, 1, "bench kernels [--key value ...]")
+    if kind not in ([], ["kernels"]):
+        raise InputError(f"no bench {kind[0]!r}; there is kernels")
+    from s1fast.bench.kernels import KernelsConfig, run
+
+    run(_parse(KernelsConfig, arguments[len(kind) :], "s1fast bench kernels"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Most tensors here are tiny: several threads would mostly wait for each other, badly so on a
 # machine that does something else as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# cuBLAS asks for it where deterministic algorithms are demanded, as the fixture `poisoned` does.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+
+# Without a GPU the whole process interprets Triton's kernels. The variable is read when a kernel is
+# defined, and Triton's own are as soon as it is imported: nothing before this may import it.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / ".models" / "smollm2-135m"
@@ -141,6 +152,20 @@ def write_rows(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills what torch.empty, new_empty, empty_like, ... return with NaN or the largest integer.
+
+    So an element that nothing writes shows, also inside custom operations.
+    """
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    demanded = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(demanded, warn_only=warn_only)
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,0 +1,207 @@
+"""Measures our kernels beside their peers and the ceilings of the same run.
+
+    python -m s1fast.bench.kernels
+    python -m s1fast.bench.kernels --shape T4700 T4700xmasked50 --against my_module:my_function
+    ncu --profile-from-start off python -m s1fast.bench.kernels --shape T4700 --once
+    python -m s1fast.bench.kernels --compare before.json after.json
+
+`s1fast bench kernels` is the same, where tyro is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from s1fast.bench.environment import RESULTS, environment, result_path, version
+from s1fast.bench.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
+from s1fast.bench.op import Op, Problem, Provider, Sizes, parse_shape, shape_name
+from s1fast.bench.providers import measure_shape
+from s1fast.bench.report import compare, csv_text, plot, table
+from s1fast.bench.roofs import lines, roofs
+from s1fast.errors import InputError
+from s1fast.files import make_directory, write_atomic
+
+OPS = (LINEAR_CROSS_ENTROPY,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Measure our kernels beside their peers: milliseconds, share of the ceiling, memory, error."""
+
+    op: str = "all"
+    """One operation only, by name."""
+    shape: tuple[str, ...] = ()
+    """Shapes instead of the default ones, as T4700xD5120xV152064xmasked50; what is left out
+    keeps its default. `masked` is the percentage of rows without label, `peaked` makes logits
+    as after training."""
+    against: tuple[str, ...] = ()
+    """More providers, as module:function: callables with the signature of ours."""
+    once: bool = False
+    """One warm launch of ours and nothing else, between cudaProfilerStart and Stop."""
+    compare: tuple[Path, ...] = ()
+    """Print how every median changed from one result file to a second; measures nothing."""
+    output: Path = RESULTS
+    """Folder for the results."""
+
+
+def parse(arguments: Sequence[str]) -> KernelsConfig:
+    """The same flags as tyro makes of KernelsConfig, without tyro."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(f"{message}; --help lists the flags")
+
+    parser = Parser(
+        "s1fast.bench.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--op", default="all", help="one operation only, by name")
+    parser.add_argument("--shape", nargs="+", default=(), help="as T4700xD5120xV152064xmasked50")
+    parser.add_argument("--against", nargs="+", default=(), help="module:function, one more")
+    parser.add_argument("--once", action="store_true", help="one warm launch of ours, for ncu")
+    parser.add_argument("--compare", nargs="+", type=Path, default=(), help="two result files")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    found = parser.parse_args(arguments)
+    return KernelsConfig(
+        op=found.op,
+        shape=tuple(found.shape),
+        against=tuple(found.against),
+        once=found.once,
+        compare=tuple(found.compare),
+        output=found.output,
+    )
+
+
+def run(config: KernelsConfig) -> None:
+    """Measures, writes JSON, CSV and PNG, prints a table; or launches once; or compares."""
+    if config.compare:
+        if len(config.compare) != 2:
+            raise InputError(f"--compare: two result files, not {len(config.compare)}")
+        for line in compare(*config.compare):
+            print(line)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ops = _chosen(config.op)
+    # Everything that was asked for is understood before anything is measured.
+    shapes = [(op, parse_shape(s, op.sizes(device))) for op in ops for s in _shapes(config, op)]
+    functions = [(name, _function(name)) for name in config.against]
+    if config.once:
+        if functions:
+            raise InputError("--once: launches ours and nothing else; leave --against out")
+        for op, sizes in shapes:
+            _launch(op, op.problem(sizes, device), shape_name(sizes))
+        return
+    try:
+        make_directory(config.output)
+    except InputError as error:
+        raise InputError(f"--output: {error}") from None
+    narrowed = config != KernelsConfig(output=config.output)
+    _measure(shapes, functions, config.output, device, narrowed)
+
+
+def _measure(
+    shapes: Sequence[tuple[Op, Sizes]],
+    functions: Sequence[tuple[str, Callable[..., torch.Tensor]]],
+    folder: Path,
+    device: torch.device,
+    narrowed: bool,
+) -> None:
+    """Roofs, then shape after shape; the JSON is rewritten after each: a crash leaves those before.
+
+    A narrowed run gets a name of its own, so that it does not replace a whole one.
+    """
+    env = environment()
+    print(f"{env['device']}, torch {env['torch']}: roofs")
+    ceilings = roofs()
+    for line in lines(ceilings):
+        print(f"  {line}")
+    path = result_path(folder, env, "kernels" if narrowed else "")
+    result: dict[str, Any] = {
+        "environment": env,
+        "roofs": dataclasses.asdict(ceilings),
+        "complete": False,
+        "shapes": [],
+    }
+    for i, (op, sizes) in enumerate(shapes):
+        print(f"{op.name} {shape_name(sizes)} ({i + 1} of {len(shapes)})", flush=True)
+        providers = [op.ours, *op.peers, *(op.against(name, f) for name, f in functions)]
+        versions = [version(p.package) if p.package else None for p in providers]
+        named = list(zip(providers, versions, strict=True))
+        result["shapes"].append(measure_shape(op, sizes, named, ceilings, device))
+        result["complete"] = not narrowed and len(result["shapes"]) == len(shapes)
+        write_atomic(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_atomic(path.with_suffix(".csv"), csv_text(result))
+    write_atomic(path.with_suffix(".png"), plot(result))
+    for line in table(result):
+        print(line)
+    print(path)
+
+
+def _chosen(name: str) -> tuple[Op, ...]:
+    ops = tuple(op for op in OPS if name in ("all", op.name))
+    if not ops:
+        raise InputError(f"--op: no {name!r}; there are all, {', '.join(op.name for op in OPS)}")
+    return ops
+
+
+def _shapes(config: KernelsConfig, op: Op) -> tuple[str, ...]:
+    """Those given, or the default ones; to be launched once, only the first of these."""
+    default = op.shapes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return config.shape or (default[:1] if config.once else default)
+
+
+def _function(name: str) -> Callable[..., torch.Tensor]:
+    """The callable that "module:function" names; modules are also found in the current folder."""
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise InputError(f"--against: {name!r} is not of the form module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # theirs to mend, whatever their module raises
+        raise InputError(f"--against: {name}: {type(error).__name__}: {error}") from None
+    if not callable(found):
+        raise InputError(f"--against: {name} is no function but {type(found).__name__}")
+    return found
+
+
+def _launch(op: Op, problem: Problem, shape: str) -> None:
+    """Forward and backward twice: to warm up, then where a profiler is told to look."""
+    provider: Provider = op.ours
+    forward = provider.build(problem)
+    problem.full(forward)
+    problem.clear()
+    if problem.arguments[0].is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        problem.full(forward)
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+    else:
+        problem.full(forward)
+    print(f"launched {op.name} {shape} once, warm")
+
+
+def main() -> None:
+    try:
+        run(parse(sys.argv[1:]))
+    except InputError as error:
+        print(f"s1fast: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

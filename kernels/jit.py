@@ -5,6 +5,7 @@ A CPU runs the plain PyTorch references and needs no Triton.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 try:
@@ -12,6 +13,9 @@ try:
     import triton.language as tl
 except ImportError:
     triton = tl = None
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, which takes tensors on a CPU."""
 
 
 def jit(function: Any) -> Any:

@@ -11,6 +11,7 @@ Measured on an H100: not yet.
 from __future__ import annotations
 
 import importlib.util
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, get_args, overload
 
@@ -78,8 +79,7 @@ def packed_attention(
         softmax_scale: K ** -0.5 unless given.
         backend: "triton": ours, bf16 with K 64 or 128; "flash": flash-attn, whichever of 4, 3 and 2
             is installed; "torch": torch.nn.attention.varlen; "reference": torch's
-            scaled_dot_product_attention, sequence by sequence. None: "triton" on CUDA, "reference"
-            on a CPU.
+            scaled_dot_product_attention, sequence by sequence. None: default_backend.
         return_lse: also return the log-sum-exp of every row, by "triton" only.
 
     Returns:
@@ -92,12 +92,11 @@ def packed_attention(
             not there.
     """
     _check(q_THK, k_TNK, v_TNK, cu_seqlens)
-    backend = backend or ("triton" if q_THK.is_cuda else "reference")
-    scale = q_THK.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend {backend!r}: there are {', '.join(get_args(Backend))}")
+    width = q_THK.shape[2]
+    backend = backend or default_backend(q_THK.device, q_THK.dtype, width)
+    check_backend(backend, q_THK.device, q_THK.dtype, width)
+    scale = width**-0.5 if softmax_scale is None else softmax_scale
     if backend == "triton":
-        _check_triton(q_THK, k_TNK, v_TNK)
         out_THK, lse2_HT = _op(q_THK, k_TNK, v_TNK, cu_seqlens, max_seqlen, causal, scale)
         return (out_THK, lse2_HT / kernels.LOG2_E) if return_lse else out_THK
     if return_lse:
@@ -105,8 +104,6 @@ def packed_attention(
     bounds = _checked_bounds(cu_seqlens, max_seqlen, len(q_THK))
     if backend == "reference":
         return _reference(q_THK, k_TNK, v_TNK, bounds, causal, scale)
-    if not q_THK.is_cuda:
-        raise ValueError(f"backend {backend!r} needs tensors on CUDA, q_THK is on {q_THK.device}")
     call = _flash if backend == "flash" else _torch_varlen
     end = bounds[-1]
     if not end:
@@ -114,6 +111,33 @@ def packed_attention(
     q, k, v = (x[:end] for x in (q_THK, k_TNK, v_TNK))
     out = call(q, k, v, _on_device(bounds, q_THK.device), max_seqlen, causal, scale)
     return out if end == len(q_THK) else torch.cat((out, torch.zeros_like(q_THK[end:])))
+
+
+def default_backend(device: torch.device, dtype: torch.dtype, width: int) -> Backend:
+    """ "triton" where it takes such heads on such a device, else "reference"."""
+    taken = dtype == torch.bfloat16 and width in kernels.FORWARD and triton is not None
+    return "triton" if device.type == "cuda" and taken else "reference"
+
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> None:
+    """Raises ValueError, with the remedy, where a backend cannot run or take such heads."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r}: there are {', '.join(get_args(Backend))}")
+    if backend == "reference":
+        return
+    other = "'reference' takes any input"
+    if not (device.type == "cuda" or (backend == "triton" and INTERPRETED)):
+        raise ValueError(f"backend {backend!r} needs tensors on CUDA, not on {device}; {other}")
+    if backend == "flash":
+        _flash_module()
+    if backend == "triton":
+        if triton is None:
+            raise ValueError(f"backend 'triton': not installed; pip install triton, or {other}")
+        if dtype != torch.bfloat16:
+            raise ValueError(f"backend 'triton' takes torch.bfloat16, not {dtype}; {other}")
+        if width not in kernels.FORWARD:
+            widths = " or ".join(map(str, kernels.FORWARD))
+            raise ValueError(f"backend 'triton' takes heads {widths} wide, not {width}; {other}")
 
 
 # -- checks --------------------------------------------------------------------------------------
@@ -158,22 +182,6 @@ def _checked_bounds(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> tup
     if max(lengths, default=0) > max_seqlen:
         raise ValueError(f"max_seqlen {max_seqlen} is below the longest sequence, {max(lengths)}")
     return bounds
-
-
-def _check_triton(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> None:
-    others = "'reference' takes any"
-    if triton is None:
-        raise ValueError(f"backend 'triton': Triton is not installed; pip install triton; {others}")
-    if not (q_THK.is_cuda or INTERPRETED):
-        raise ValueError(f"backend 'triton' needs CUDA, q_THK is on {q_THK.device}; {others}")
-    if q_THK.dtype != torch.bfloat16:
-        raise ValueError(f"backend 'triton' takes torch.bfloat16, q_THK is {q_THK.dtype}; {others}")
-    if q_THK.shape[2] not in kernels.FORWARD:
-        widths = " or ".join(map(str, kernels.FORWARD))
-        raise ValueError(
-            f"backend 'triton' takes heads {widths} wide, q_THK has shape {tuple(q_THK.shape)}; "
-            f"{others}"
-        )
 
 
 def _fits_tma(x: Tensor) -> bool:
@@ -336,17 +344,23 @@ def _flash(
     scale: float,
 ) -> Tensor:
     """flash-attn's varlen function: the same arguments in all three, another home."""
-    there = [module for module in _FLASH if _found(module)]
-    if not there:
-        raise ValueError(
-            "backend 'flash': flash-attn is not installed; pip install flash-attn-4 (or flash-attn "
-            "3 or 2, built from source), or choose 'triton', 'torch' or 'reference'"
-        )
-    call = importlib.import_module(there[0]).flash_attn_varlen_func
+    call = importlib.import_module(_flash_module()).flash_attn_varlen_func
     boundaries = {f"cu_seqlens_{x}": cu_seqlens for x in "qk"}
     longest = {f"max_seqlen_{x}": max_seqlen for x in "qk"}
     out = call(q_THK, k_TNK, v_TNK, **boundaries, **longest, causal=causal, softmax_scale=scale)
     return out[0] if isinstance(out, tuple) else out
+
+
+@lru_cache(maxsize=1)
+def _flash_module() -> str:
+    """The newest flash-attn that is installed. Raises ValueError if there is none."""
+    for module in _FLASH:
+        if _found(module):
+            return module
+    raise ValueError(
+        "backend 'flash': flash-attn is not installed; pip install flash-attn-4 (or build its "
+        "version 3 or 2), or choose 'triton', 'torch' or 'reference'"
+    )
 
 
 def _found(module: str) -> bool:

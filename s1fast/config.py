@@ -108,6 +108,9 @@ class TrainConfig:
     """Arithmetic; weights and moments are fp32 always. auto: bfloat16 on GPU, float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
+    attention: Literal["auto", "triton", "flash", "torch", "reference"] = "auto"
+    """Ours, flash-attn, torch's varlen attention, or torch's sequence by sequence. auto: triton on
+    a GPU in bfloat16 where heads are 64 or 128 wide, else reference."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

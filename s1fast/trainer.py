@@ -25,7 +25,12 @@ from s1fast.config import TrainConfig, check, differences, load_recipe, to_toml
 from s1fast.errors import InputError
 from s1fast.files import make_directory, remove_leftovers, write_atomic
 from s1fast.hub import find
-from s1fast.kernels.packed_attention import packed_attention
+from s1fast.kernels.packed_attention import (
+    Backend,
+    check_backend,
+    default_backend,
+    packed_attention,
+)
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
 from s1fast.model import Model
 from s1fast.optimizer import clip_gradients, learning_rate, make_adamw, set_learning_rate
@@ -53,6 +58,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.examples, self.device = config, model, examples, device
         self.optimizer = make_adamw(model, config.optim)
+        self.attention = _attention(config, device, model.compute_dtype, model.config.head_dim)
         self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
         total = self.steps_per_epoch * config.epochs
         self.num_steps = min(total, config.max_steps) if config.max_steps else total
@@ -69,7 +75,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
         for stream in pack_batch(self.batch(step), c.data.loss_weight, c.microbatch_tokens):
-            partial = stream_loss(self.model, stream.to(self.device), bad_labels)
+            partial = stream_loss(self.model, stream.to(self.device), bad_labels, self.attention)
             partial.backward()
             loss += partial.detach()
         grad_norm = clip_gradients(self.model, c.optim.clip_norm)
@@ -107,11 +113,18 @@ class Trainer:
         return {"data_sha256": digest.hexdigest(), "num_steps": self.num_steps}
 
 
-def stream_loss(model: Model, stream: PackedBatch, bad_labels: Tensor | None = None) -> Tensor:
-    """Weighted loss of one packed stream; bad_labels as in linear_cross_entropy."""
+def stream_loss(
+    model: Model,
+    stream: PackedBatch,
+    bad_labels: Tensor | None = None,
+    attention: Backend | None = None,
+) -> Tensor:
+    """Weighted loss of one packed stream; bad_labels as in linear_cross_entropy, attention as the
+    backend of packed_attention."""
 
     def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
-        return packed_attention(q_THK, k_TNK, v_TNK, stream.cu_seqlens, stream.max_seqlen)
+        boundaries = (stream.cu_seqlens, stream.max_seqlen)
+        return packed_attention(q_THK, k_TNK, v_TNK, *boundaries, backend=attention)
 
     hidden_TD = model(stream.ids_T, stream.positions_T, attend)
     return model.loss(
@@ -143,6 +156,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     if config.data.preview:
         preview(examples[: config.data.preview], chat, console)
         return source
+    _attention(config, device, dtype, model_config.head_dim)
     _check_output(config)
     with torch.device("meta"):
         model = Model(model_config, compute_dtype=dtype)
@@ -293,6 +307,18 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if _device(config).type == "cuda" else torch.float32
 
 
+def _attention(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, width: int
+) -> Backend:
+    if config.attention == "auto":
+        return default_backend(device, dtype, width)
+    try:
+        check_backend(config.attention, device, dtype, width)
+    except ValueError as error:
+        raise InputError(f"attention: {error}") from None
+    return config.attention
+
+
 def _check_output(config: TrainConfig) -> None:
     """Refuses a folder that holds anything but this very run, resumed."""
     output = config.output
@@ -344,7 +370,7 @@ def _print_facts(trainer: Trainer, num_dropped: int, console: Console) -> None:
     left_out = f", {num_dropped} left out as too long" if num_dropped else ""
     console.print(
         f"model  {c.model}, {parameters:,} parameters, {trainer.device} "
-        f"{trainer.model.compute_dtype}\n"
+        f"{trainer.model.compute_dtype}, {trainer.attention} attention\n"
         f"data   {len(examples):,} sequences, {tokens:,} tokens, "
         f"{sum(label_counts(examples)):,} with loss{left_out}\n"
         f"run    {trainer.num_steps} steps of {c.batch_size}, {trainer.steps_per_epoch} an epoch",

@@ -18,6 +18,8 @@ from torch import Tensor
 from s1fast.chat import Chat, Example
 from s1fast.checkpoint import layout, load_model
 from s1fast.config import DataConfig, OptimConfig, TrainConfig
+from s1fast.kernels import packed_attention_triton
+from s1fast.kernels.jit import INTERPRETED
 from s1fast.packing import label_counts, step_indices
 from s1fast.trainer import Trainer
 
@@ -184,6 +186,32 @@ def small_model(make_model: Callable[..., Path], model_type: str = "qwen2") -> P
     return make_model(
         model_type, num_hidden_layers=4, tie_word_embeddings=model_type == "llama", std=0.05
     )
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a machine with a GPU trains there: test_gpu.py")
+def test_attention_is_the_recipes(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps in bf16 by the Triton kernels, interpreted, and by torch's attention."""
+    folder = make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, std=0.05)
+    launches = []
+    forward = packed_attention_triton.forward
+    monkeypatch.setattr(
+        packed_attention_triton, "forward", lambda *a: launches.append(1) or forward(*a)
+    )
+    curves = []
+    for attention in ("reference", "triton"):
+        config = recipe(S1, 10_000, max_steps=2, attention=attention)
+        model = load_model(folder, CPU, torch.float32)
+        model.compute_dtype = torch.bfloat16
+        trainer = Trainer(config, model, short_examples(8), CPU)
+        assert trainer.attention == attention
+        results = [trainer.step(step) for step in range(2)]
+        curves.append([(float(r.loss), float(r.grad_norm)) for r in results])
+        assert len(launches) == (4 if attention == "triton" else 0)  # two layers, two steps
+    # Attention's outputs are rounded to bf16, 2^-8, once in either; a norm of thousands of
+    # gradients averages that out.
+    assert gap(*curves) <= 2.0**-8
 
 
 MISTAKES: dict[str, TrainConfig] = {

@@ -104,7 +104,7 @@ class Meter:
     dearest: float = 0.0
     """Dollars of the dearest answer."""
     unanswered: int = 0
-    """Requests of this run that ended without an answer; the provider may bill them all the same."""
+    """Requests of this run that ended without an answer; they may be billed all the same."""
     failed: dict[str, str] = field(default_factory=dict)
     """Question -> why every attempt failed."""
 

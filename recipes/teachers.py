@@ -76,9 +76,7 @@ def make_teacher(name: str, model: str, base_url: str, sampling: Sampling) -> Te
         InputError: no model, a missing key or package, a model folder that cannot be loaded.
     """
     if not model:
-        raise InputError(
-            "--model: name the teacher's model; there is no default, models come and go"
-        )
+        raise InputError("--model: name the teacher's model; there is no default")
     if name == "gemini":
         return Gemini(model, base_url, sampling)
     if name == "openai":

@@ -265,7 +265,6 @@ class _Asking:
             AsyncRetrying,
             retry_if_exception_type,
             stop_after_attempt,
-            stop_any,
             wait_random_exponential,
         )
 
@@ -273,13 +272,13 @@ class _Asking:
             self._pace.first_wait_seconds, self._pace.longest_wait_seconds
         )
 
+        last = stop_after_attempt(self._pace.attempts)
+
         def wait(state: Any) -> float:
             return max(drawn(state), state.outcome.exception().retry_after_s)
 
         retrying = AsyncRetrying(
-            stop=stop_any(
-                stop_after_attempt(self._pace.attempts), lambda _: self._stop is not None
-            ),
+            stop=lambda state: self._stop is not None or last(state),
             wait=wait,
             retry=retry_if_exception_type(Unavailable),
             sleep=self._sleep,

@@ -46,7 +46,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def test_ngrams(paths: Sequence[Path]) -> set[int]:
+def read_ngrams(paths: Sequence[Path]) -> set[int]:
     """N-grams of all test questions, in a field called question, problem or Question."""
     found: set[int] = set()
     for path in paths:
@@ -117,7 +117,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         questions = read_questions(given.sources)
-        rows, tests = questions.rows, test_ngrams(given.against)
+        rows, tests = questions.rows, read_ngrams(given.against)
         flagged = [False] * len(rows)
         if given.ray_workers:
             flagged, tests = flag_with_ray(rows, tests, given.ray_workers), set()

@@ -137,7 +137,7 @@ class Gemini:
         self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
         self.identity = {"teacher": "gemini", "model": model, "base_url": base_url}
         self.identity |= _given(sampling)
-        self._config = {
+        self._config: dict[str, Any] = {
             "thinking_config": types.ThinkingConfig(
                 include_thoughts=True, thinking_budget=sampling.thinking_budget
             ),

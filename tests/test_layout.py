@@ -52,9 +52,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "metrics",
         "trainer",
     },
-    "recipes": {"errors", "files", "rows"},
+    "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
     "bench": {"bench", "chat", "decoder", "files", "packing", "trainer"},
-    "cli": {"__init__", "budget", "config", "console", "decoder", "demo", "errors", "trainer"},
+    "cli": {"__init__", "budget", "config", "console", "decoder", "demo", "errors", "recipes"}
+    | {"trainer"},
     "__main__": {"cli"},
 }
 

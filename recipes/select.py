@@ -126,8 +126,8 @@ def _is_whole(row: Row) -> bool:
 
 
 def bad_format(row: Row) -> bool:
-    """Pictures that are not there, page references, glued bold numbers, drawing code; AIME's drawing
-    code is kept."""
+    """Pictures that are not there, page references, glued bold numbers, drawing code; AIME may
+    draw."""
     if _BROKEN.search(row["question"]):
         return not (row.get("source_type") == AIME and "[asy]" in row["question"])
     return "[asy]" in row["question"] and row.get("source_type") != AIME
@@ -193,7 +193,7 @@ def draw_rank(count: int, rng: random.Random) -> int:
 
 
 def _benchmark_weights(pool: Sequence[Row]) -> dict[str, float]:
-    """AIME questions of a subject, and GPQA's as if there were half as many of them as of AIME's."""
+    """AIME questions of a subject, and GPQA's scaled to half of AIME's number."""
     aime = Counter(row["subject"] for row in pool if row.get("source_type") == AIME)
     gpqa = Counter(row["subject"] for row in pool if row.get("source_type") == GPQA)
     scale = 0.5 * aime.total() / gpqa.total() if gpqa else 0.0

@@ -26,6 +26,10 @@ Train
   train RECIPE.toml [--key value ...]  fine-tune all weights on reasoning traces
   export RUN TARGET                    write the newest snapshot of a run as a Hugging Face folder
 
+Make data
+  distill QUESTIONS STORE --model M    ask a teacher every question once and keep its thinking
+  curate FEATURES FOLDER               select a small training set: quality, difficulty, diversity
+
 Generate
   generate MODEL --prompt TEXT         think under a budget, then answer; streams
   demo                                 train a tiny reasoning model and watch accuracy rise with
@@ -114,6 +118,8 @@ def main() -> None:
         "export": _export,
         "generate": _generate,
         "demo": _demo,
+        "distill": _distill,
+        "curate": _curate,
     }
     command = commands.get(arguments[0])
     try:
@@ -233,3 +239,28 @@ def _demo(arguments: list[str]) -> None:
     from s1fast.demo import run
 
     run(config.task, seed=config.seed, output=config.output, weights=config.weights)
+
+
+def _distill(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from s1fast.recipes.distill import DistillConfig, distill
+
+    usage = "distill QUESTIONS STORE --model M"
+    given = _positional(arguments, 2, usage)
+    prog = f"s1fast {usage.split(' --')[0]}"
+    config = _parse(DistillConfig, arguments[len(given) :], prog)
+    console = Console()
+    console.print(str(distill([Path(given[0])], Path(given[1]), config, console)))
+
+
+def _curate(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from s1fast.recipes.select import CurateConfig, curate
+
+    usage = "curate FEATURES FOLDER"
+    given = _positional(arguments, 2, usage)
+    config = _parse(CurateConfig, arguments[len(given) :], f"s1fast {usage}")
+    console = Console()
+    console.print(str(curate([Path(given[0])], Path(given[1]), config, console)))

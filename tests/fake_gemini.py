@@ -63,6 +63,18 @@ def answer(question: str, thoughts: str) -> dict[str, Any]:
     }
 
 
+def judge(question: str, role: str) -> dict[str, Any]:
+    """What a grader or, else, a classifier says: Yes to half, one of the first eight subjects."""
+    digest = int(hashlib.sha256(question.encode()).hexdigest(), 16)
+    text = "I compared them.\n" + ("No", "Yes")[digest % 2]
+    if "Yes or No" not in role:
+        listed = question.split("## Subjects\n")[1].splitlines()
+        text = f"Its methods are those of {listed[digest % 8][:2]}"
+    content = {"role": "model", "parts": [{"text": text}]}
+    usage = {"promptTokenCount": 9, "candidatesTokenCount": 8}
+    return {"candidates": [{"content": content, "finishReason": "STOP"}], "usageMetadata": usage}
+
+
 class Handler(BaseHTTPRequestHandler):
     server: FakeGemini
     protocol_version = "HTTP/1.1"
@@ -93,6 +105,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._fault(FAULTS[second % len(FAULTS)], question)
         time.sleep(server.delay_s)
         reply = answer(question, server.thoughts)
+        if "systemInstruction" in body:
+            role = body["systemInstruction"]["parts"][0]["text"]
+            reply = judge(question, role)
         self._send(200, json.dumps(reply).encode())
         usage = reply["usageMetadata"]
         with server.lock:

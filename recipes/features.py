@@ -39,10 +39,10 @@ from s1fast.recipes.store import Store
 from s1fast.recipes.teachers import OurEngine, Sampling, Teacher, make_teacher
 
 GRADER = (
-    "You check answers to examination problems. You get a problem, an attempt and the "
-    "correct answer. Decide whether the attempt reaches the correct answer; another way or form of "
-    "writing it counts as correct, a missing or different result does not. Reason briefly. The last "
-    "line of your reply must be the single word Yes or No."
+    "You check answers to examination problems. You get a problem, an attempt and the correct "
+    "answer. Decide whether the attempt reaches the correct answer; another form of writing it "
+    "counts as correct, a missing or different result does not. Reason briefly. The last line of "
+    "your reply must be the single word Yes or No."
 )
 CLASSIFIER = (
     "You sort examination questions by subject. You are given a question and a list of subjects, "

@@ -38,6 +38,9 @@ Generate
 Examples
   s1fast train recipes/smollm2-gsm8k-cpu.toml --data.preview 2
   s1fast train recipes/smollm2-gsm8k-cpu.toml --output out/mine --optim.lr 2e-5
+  s1fast distill questions.jsonl out/traces.sqlite --model MODEL --input-price 0.3 \\
+      --output-price 2.5 --max-dollars 50
+  s1fast curate out/features.jsonl out/s1K --size 1000
   s1fast generate out/mine/hf --prompt "What is 17 + 25?" --max-thinking-tokens 200 \\
       --num-ignore 2 --ignore-text Wait
 
@@ -150,15 +153,21 @@ def _positional(arguments: list[str], count: int, usage: str) -> list[str]:
     return wanted
 
 
-def _parse(cls: Any, arguments: list[str], prog: str, default: Any = None) -> Any:
-    """An object of that dataclass; of tyro's boxed complaint, the first paragraphs as one line."""
+def _parse(
+    cls: Any, arguments: list[str], prog: str, default: Any = None, *, flat: bool = False
+) -> Any:
+    """An object of that dataclass; of tyro's boxed complaint, the first paragraphs as one line.
+
+    flat: the flags of inner dataclasses go without their prefix.
+    """
     import tyro
 
     known = {} if default is None else {"default": default}
+    config = (tyro.conf.OmitArgPrefixes,) if flat else ()
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
-            return tyro.cli(cls, args=arguments, prog=prog, **known)
+            return tyro.cli(cls, args=arguments, prog=prog, config=config, **known)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -249,7 +258,7 @@ def _distill(arguments: list[str]) -> None:
     usage = "distill QUESTIONS STORE --model M"
     given = _positional(arguments, 2, usage)
     prog = f"s1fast {usage.split(' --')[0]}"
-    config = _parse(DistillConfig, arguments[len(given) :], prog)
+    config = _parse(DistillConfig, arguments[len(given) :], prog, flat=True)
     console = Console()
     console.print(str(distill([Path(given[0])], Path(given[1]), config, console)))
 

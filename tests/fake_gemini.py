@@ -51,7 +51,7 @@ def answer(question: str, thoughts: str) -> dict[str, Any]:
             "candidates": [{"finishReason": "RECITATION"}],
             "usageMetadata": counts,
         }
-    length = 200 + digest % 400
+    length = 40 + digest % 60
     text = {"raw": "Then I check it." * (length // 4), "summary": "Checked.", "none": ""}[thoughts]
     parts = [{"text": text, "thought": True}] if text else []
     parts.append({"text": f"It follows that Answer: {digest % 100}"})

@@ -62,6 +62,7 @@ def quiet() -> Console:
 # -- collection ---------------------------------------------------------------------------------
 
 GPQA_ROW = {"Question": "Which?", "Explanation": "Because.", "Correct Answer": "right\n"}
+YEARS = [{"ID": f"{y}-1", "Question": str(y), "Answer": 7} for y in (2022, 2023)]
 GPQA_ROW |= {f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}
 
 
@@ -156,12 +157,12 @@ def test_no_false_positive_on_disjoint_words(texts: list[list[str]]) -> None:
 
 
 def test_s1k_against_the_benchmarks(shared_data: Path) -> None:
-    """Reported, not wished: 20 released questions share 8 words in a row with the two tests."""
+    """Reported in recipes/README.md: AIME questions, which s1 added after its filter, and 20."""
     tests = clean.read_ngrams([shared_data / "math500.jsonl", shared_data / "aime24.jsonl"])
     rows = read(shared_data / "s1k_released_questions.jsonl")
     flagged = [row for row in rows if not tests.isdisjoint(clean.ngrams(row["question"]))]
-    print("flagged:", [(row["id"], row["question"][:60]) for row in flagged])
-    assert len(flagged) == 20
+    aime = sum(row.get("source_type") == AIME for row in flagged)
+    assert (aime, len(flagged)) == (74, 94)
 
 
 def test_59k_questions_in_a_minute(shared_data: Path) -> None:
@@ -339,9 +340,9 @@ def test_real_questions_with_synthetic_features(
     loaded = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == 500 and set(loaded["thinking"]) == {"t"}
     counts = json.loads((output / "report.json").read_text())["counts"]
-    assert counts["pool"] == 2001 and counts["featurised"] == 1235  # 765 are in both files
+    assert counts["pool"] == 2001 and counts["featurised"] == 1234  # most are in both files
     skipped = (output / "skipped.txt").read_text().splitlines()
-    assert len(skipped) == 766 and "row 2001: field question is int" in skipped[-1]
+    assert len(skipped) == 767 and "row 2001: field question is int" in skipped[-1]
     for name in ("subjects.png", "lengths.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="exists already"):
@@ -395,6 +396,7 @@ def test_from_sources_to_training(
     kinds = Counter(r["teacher_correct"] for r in read(graded))
     assert kinds[True] > 30 and kinds[False] > 30
     server.shutdown()
+    server.server_close()
     assert len(read_subjects(features.subjects)) == 61
     curate([target], tmp_path / "set", CurateConfig(size=20), quiet())
 

@@ -178,11 +178,11 @@ def test_hidden_thoughts_stop_after_five(thoughts: str, serve: Any, tmp_path: Pa
 def test_the_money_ends_it(serve: Any, tmp_path: Path) -> None:
     server = serve(faults=False, delay_s=0.01)
     source, path = write_questions(tmp_path / "q.jsonl", 100), tmp_path / "s.sqlite"
-    with pytest.raises(InputError, match=r"--max-dollars 0\.1"):
-        distill([source], path, config(server, pace={"max_dollars": 0.1}), quiet())
+    with pytest.raises(InputError, match=r"--max-dollars 0\.03"):
+        distill([source], path, config(server, pace={"max_dollars": 0.03}), quiet())
     tokens = server.tokens
     assert tuple(tokens) == billed(path)
-    assert 0.08 < (2.0 * tokens[0] + 10.0 * tokens[1]) / 1e6 <= 0.1
+    assert 0.025 < (2.0 * tokens[0] + 10.0 * tokens[1]) / 1e6 <= 0.03
     with pytest.raises(InputError, match="--output-price"):
         Pace(max_dollars=1.0)
 

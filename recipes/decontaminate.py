@@ -101,8 +101,9 @@ def flag_with_ray(rows: Sequence[Row], tests: set[int], workers: int) -> list[bo
     except ImportError:
         raise InputError("--ray-workers: needs Ray: pip install 's1fast[ray]'") from None
     data = ray.data.from_items([{"i": i, "question": r["question"]} for i, r in enumerate(rows)])
+    pool = ray.data.TaskPoolStrategy(size=workers)
     stage = data.repartition(workers).map_batches(
-        flag_batch, fn_kwargs={"tests": tests}, batch_format="numpy", concurrency=workers
+        flag_batch, fn_kwargs={"tests": tests}, batch_format="numpy", compute=pool
     )
     found = {int(row["i"]): bool(row["contaminated"]) for row in stage.take_all()}
     return [found[i] for i in range(len(rows))]

@@ -26,6 +26,10 @@ Train
   train RECIPE.toml [--key value ...]  fine-tune all weights on reasoning traces
   export RUN TARGET                    write the newest snapshot of a run as a Hugging Face folder
 
+Make data
+  distill QUESTIONS STORE --model M    ask a teacher every question once and keep its thinking
+  curate FEATURES FOLDER               select a small training set: quality, difficulty, diversity
+
 Generate
   generate MODEL --prompt TEXT         think under a budget, then answer; streams
   demo                                 train a tiny reasoning model and watch accuracy rise with
@@ -37,6 +41,9 @@ Measure
 Examples
   s1fast train recipes/smollm2-gsm8k-cpu.toml --data.preview 2
   s1fast train recipes/smollm2-gsm8k-cpu.toml --output out/mine --optim.lr 2e-5
+  s1fast distill questions.jsonl out/traces.sqlite --model MODEL --input-price 0.3 \\
+      --output-price 2.5 --max-dollars 50
+  s1fast curate out/features.jsonl out/s1K --size 1000
   s1fast generate out/mine/hf --prompt "What is 17 + 25?" --max-thinking-tokens 200 \\
       --num-ignore 2 --ignore-text Wait
 
@@ -118,6 +125,8 @@ def main() -> None:
         "generate": _generate,
         "demo": _demo,
         "bench": _bench,
+        "distill": _distill,
+        "curate": _curate,
     }
     command = commands.get(arguments[0])
     try:
@@ -148,15 +157,21 @@ def _positional(arguments: list[str], count: int, usage: str) -> list[str]:
     return wanted
 
 
-def _parse(cls: Any, arguments: list[str], prog: str, default: Any = None) -> Any:
-    """An object of that dataclass; of tyro's boxed complaint, the first paragraphs as one line."""
+def _parse(
+    cls: Any, arguments: list[str], prog: str, default: Any = None, *, flat: bool = False
+) -> Any:
+    """An object of that dataclass; of tyro's boxed complaint, the first paragraphs as one line.
+
+    flat: the flags of inner dataclasses go without their prefix.
+    """
     import tyro
 
     known = {} if default is None else {"default": default}
+    config = (tyro.conf.OmitArgPrefixes,) if flat else ()
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
-            return tyro.cli(cls, args=arguments, prog=prog, **known)
+            return tyro.cli(cls, args=arguments, prog=prog, config=config, **known)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -246,3 +261,28 @@ def _bench(arguments: list[str]) -> None:
     from s1fast.bench.kernels import KernelsConfig, run
 
     run(_parse(KernelsConfig, arguments[len(kind) :], "s1fast bench kernels"))
+
+
+def _distill(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from s1fast.recipes.distill import DistillConfig, distill
+
+    usage = "distill QUESTIONS STORE --model M"
+    given = _positional(arguments, 2, usage)
+    prog = f"s1fast {usage.split(' --')[0]}"
+    config = _parse(DistillConfig, arguments[len(given) :], prog, flat=True)
+    console = Console()
+    console.print(str(distill([Path(given[0])], Path(given[1]), config, console)))
+
+
+def _curate(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from s1fast.recipes.select import CurateConfig, curate
+
+    usage = "curate FEATURES FOLDER"
+    given = _positional(arguments, 2, usage)
+    config = _parse(CurateConfig, arguments[len(given) :], f"s1fast {usage}")
+    console = Console()
+    console.print(str(curate([Path(given[0])], Path(given[1]), config, console)))

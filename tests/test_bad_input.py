@@ -516,12 +516,14 @@ def test_help_is_quick_and_complete(work: Path) -> None:
         seconds.append(time.perf_counter() - began)
         assert (done.code, done.err) == (0, "")
     assert statistics.median(seconds) < 0.5
-    for name in ("train", "export", "generate", "demo"):
+    for name in ("train", "export", "generate", "demo", "distill", "curate"):
         assert f"\n  {name} " in done.out
     assert spawn().code == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "recipe.toml", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "recipe.toml", "--help"], ["curate", "a", "b", "--help"]]
+)
 def test_help_does_not_import_torch(arguments: list[str], work: Path) -> None:
     code = f"""
 import sys
@@ -537,7 +539,7 @@ sys.exit(sorted({{"torch", "transformers"}} & set(sys.modules)))
     assert done.stderr == "[]\n"
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "export", "demo"])
+@pytest.mark.parametrize("name", ["train", "generate", "export", "demo", "distill", "curate"])
 def test_help_of_commands(name: str, command: Command, work: Path) -> None:
     before = tree(work)
     for arguments in ([name, "--help"], [name, "model", "-h"], [name, "a", "b", "--help"]):

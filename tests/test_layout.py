@@ -52,10 +52,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "metrics",
         "trainer",
     },
-    "recipes": {"errors", "files", "rows"},
+    "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
     "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "packing", "trainer"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
-    | {"trainer"},
+    | {"recipes", "trainer"},
     "__main__": {"cli"},
 }
 

@@ -1,0 +1,167 @@
+"""Reasoning traces from a teacher: every question asked once, every answer kept.
+
+    s1fast distill questions.jsonl out/traces.sqlite --model MODEL --max-dollars 50
+
+The store is the result and the state in one; beside it `traces.jsonl` is written for the next step.
+Thinking and answer are kept apart. A row's `thoughts_kind` says what the thinking is: raw, a
+summary (its text is far shorter than the tokens that were billed for it), or none. The first five
+answers are looked at before the rest is paid for: s1's teacher showed its raw thoughts, later ones
+may not, and a model trained on summaries does not learn to think.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from s1fast.errors import InputError
+from s1fast.recipes.asking import Meter, Pace, Task, ask_all
+from s1fast.recipes.questions import Questions, read_questions, write_rows, write_skipped
+from s1fast.recipes.store import Store
+from s1fast.recipes.teachers import Sampling, Teacher, make_teacher
+
+BYTES_PER_TOKEN = 4.0
+"""UTF-8 bytes of a token of English mathematics, roughly: 3 to 4.5 in today's vocabularies, while a
+summary is several times shorter than what it sums up. So this rough count tells them apart."""
+LEAST_SHARE = 0.3
+"""Below this share of the billed thoughts tokens, thinking is taken for a summary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Ask a teacher every question once and keep its thinking and answer."""
+
+    teacher: Literal["gemini", "openai", "engine"] = "gemini"
+    """Gemini, any OpenAI-compatible server, or a model folder in our own engine."""
+    model: str = ""
+    """The teacher's model; a folder or hub id for engine. No default: models come and go."""
+    base_url: str = ""
+    """Another server than the provider's own."""
+    rows: int | None = None
+    """Ask only the first so many questions."""
+    accept_summaries: bool = False
+    """Go on although the first answers show no thinking, or only a summary of it."""
+    sampling: Sampling = field(default_factory=Sampling)
+    pace: Pace = field(default_factory=Pace)
+
+
+def distill(
+    sources: Sequence[Path], store_path: Path, config: DistillConfig, console: Console
+) -> Path:
+    """Asks what the store does not hold yet and exports it all; returns the file of rows.
+
+    Raises:
+        InputError: see ask_all; bad input is found before anything is asked.
+    """
+    questions = read_questions(sources)
+    if config.rows is not None:
+        if config.rows < 1:
+            raise InputError(f"--rows: must be at least 1, got {config.rows}")
+        questions.rows = questions.rows[: config.rows]
+    teacher = make_teacher(config.teacher, config.model, config.base_url, config.sampling)
+    return run(questions, teacher, store_path, config, console)
+
+
+def run(
+    questions: Questions, teacher: Teacher, path: Path, config: DistillConfig, console: Console
+) -> Path:
+    """distill with the questions read and the teacher made."""
+    target = path.with_suffix(".jsonl")
+    tasks = [
+        Task(key=row["question_hash"], question=row["question"], extra={"model": config.model})
+        for row in questions.rows
+    ]
+    with Store(path, {"step": "distill", **teacher.identity}) as store:
+        skipped = write_skipped(target, questions.skipped)
+        probe = None if config.accept_summaries else look_at_thoughts
+        try:
+            meter = ask_all(teacher, tasks, store, config.pace, console, probe)
+        finally:
+            write_rows(target, export(questions, store))
+        _report(meter, store, len(tasks), skipped, config, console)
+    return target
+
+
+def thoughts_kind(record: dict[str, Any]) -> Literal["raw", "summary", "none"]:
+    """What the thinking of an answer is, judged by its length beside the tokens billed for it."""
+    size = len(record["thinking"].strip().encode())
+    if not size:
+        return "none"
+    billed = record["thoughts_tokens"]
+    if billed is not None and size / BYTES_PER_TOKEN < LEAST_SHARE * billed:
+        return "summary"
+    return "raw"
+
+
+def look_at_thoughts(records: list[dict[str, Any]]) -> None:
+    """Raises an InputError with what it means when an answer shows no or too little thinking."""
+    for record in records:
+        kind = thoughts_kind(record)
+        if kind == "raw":
+            continue
+        billed, size = record["thoughts_tokens"], len(record["thinking"].encode())
+        seen = (
+            "no thinking" if kind == "none" else f"about {size / BYTES_PER_TOKEN:.0f} tokens of it"
+        )
+        raise InputError(
+            f"{record['model']} shows {seen} where {billed or 0} were thought: the model hides "
+            "or sums up its thoughts, and traces made of that do not teach to think; choose a "
+            "model that returns raw thoughts, or go on with --accept-summaries. The first "
+            f"{len(records)} answers are stored and will not be paid for again"
+        )
+
+
+def export(questions: Questions, store: Store) -> list[dict[str, Any]]:
+    """The questions that have a record, with it: rows that training and curation take."""
+    rows = []
+    for row in questions.rows:
+        record = store.get(row["question_hash"])
+        if record is not None:
+            rows.append({**row, **record, "thoughts_kind": thoughts_kind(record)})
+    return rows
+
+
+def _report(
+    meter: Meter, store: Store, total: int, skipped: str, config: DistillConfig, console: Console
+) -> None:
+    for key, reason in list(meter.failed.items())[:5]:
+        console.print(f"  failed: {key}: {reason}", highlight=False, markup=False)
+    line = f"{meter.line(total, config.pace.max_dollars)}; {skipped}"
+    if store.abandoned:
+        line += f"; {store.abandoned} requests were under way when a run was killed"
+    if meter.failed:
+        line += "; run again to ask the failed ones"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", type=Path, nargs="+", help="questions, .jsonl or .parquet")
+    parser.add_argument("store", type=Path, help="the .sqlite to write or to go on with")
+    parser.add_argument("--teacher", default="gemini", choices=["gemini", "openai", "engine"])
+    parser.add_argument("--model", default="")
+    parser.add_argument("--base-url", default="")
+    parser.add_argument("--max-dollars", type=float)
+    parser.add_argument("--input-price", type=float, help="dollars a million prompt tokens")
+    parser.add_argument("--output-price", type=float, help="dollars a million other tokens")
+    parser.add_argument("--accept-summaries", action="store_true")
+    given = vars(parser.parse_args())
+    try:
+        names = {f.name for f in dataclasses.fields(Pace)}
+        pace = Pace(**{name: given.pop(name) for name in list(given) if name in names})
+        sources, store = given.pop("sources"), given.pop("store")
+        distill(sources, store, DistillConfig(pace=pace, **given), Console())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

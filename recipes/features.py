@@ -1,0 +1,279 @@
+"""What the selection needs to know of a question: difficulty, trace length, subject.
+
+    python -m s1fast.recipes.features out/traces.jsonl out/features.jsonl --work out/work \\
+        --tokenizer Qwen/Qwen2.5-32B-Instruct --solver engine:Qwen/Qwen2.5-7B-Instruct \\
+        --solver engine:Qwen/Qwen2.5-32B-Instruct --subjects msc.json --classifier gemini:MODEL
+
+Difficulty: two models answer every question, and their answers and the teacher's are graded, by
+math-verify or, with --grader, by a language model as in the paper. Every answer, grade and subject
+is kept by question hash in stores under --work, so that a second run pays for new questions only.
+A TEACHER is gemini:MODEL, openai:MODEL, openai:MODEL@URL or engine:FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from s1fast.chat import load_tokenizer
+from s1fast.errors import InputError
+from s1fast.files import parse_json, read_bytes
+from s1fast.hub import find
+from s1fast.recipes.asking import Pace, Task, ask_all
+from s1fast.recipes.questions import (
+    Row,
+    question_hash,
+    read_questions,
+    text_of,
+    write_rows,
+    write_skipped,
+)
+from s1fast.recipes.store import Store
+from s1fast.recipes.teachers import OurEngine, Sampling, Teacher, make_teacher
+
+GRADER = (
+    "You check answers to examination problems. You get a problem, an attempt and the correct "
+    "answer. Decide whether the attempt reaches the correct answer; another form of writing it "
+    "counts as correct, a missing or different result does not. Reason briefly. The last line of "
+    "your reply must be the single word Yes or No."
+)
+CLASSIFIER = (
+    "You sort examination questions by subject. You are given a question and a list of subjects, "
+    "each with a two-digit code. Choose the one subject whose methods the solution needs most. "
+    "Reason briefly. End your reply with the two digits of its code and nothing after them."
+)
+SOLVING = Sampling(temperature=0.05, max_tokens=32768)
+"""s1's for the two models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Who answers, grades and classifies."""
+
+    work: Path
+    """Folder of the stores."""
+    tokenizer: str
+    """Folder, tokenizer.json or hub id whose tokens measure a trace."""
+    solvers: tuple[str, ...]
+    """The two models whose failure makes a question difficult."""
+    classifier: str
+    """Teacher that names the subject."""
+    subjects: Path
+    """JSON list of {code, title}: the 61 classes of s1's data/msc.json."""
+    grader: str = ""
+    """Teacher that grades; math-verify if empty."""
+    solving: Sampling = SOLVING
+    pace: Pace = field(default_factory=Pace)
+
+
+def featurise(
+    sources: Sequence[Path], target: Path, config: FeatureConfig, console: Console
+) -> Path:
+    """Adds length, subject, solver_correct_0 and _1, and teacher_correct to distilled rows.
+
+    A feature that could not be had is null; the selection leaves such rows out and counts them.
+
+    Raises:
+        InputError: bad rows only, a bad flag or file, or whatever stops ask_all.
+    """
+    if len(config.solvers) != 2:
+        raise InputError(f"--solver: give two, as s1 did, not {len(config.solvers)}")
+    subjects = read_subjects(config.subjects)
+    path = find(config.tokenizer)
+    tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    questions = read_questions(sources)
+    rows = questions.rows
+    for row in rows:
+        if row.get("thinking"):
+            text = text_of(row, "thinking", row["question_hash"])
+            row["length"] = len(tokenizer.encode(text, add_special_tokens=False).ids)
+    answers = [{r["question_hash"]: str(r.get("answer") or "") for r in rows}]
+    for i, name in enumerate(config.solvers):
+        answers.append(_replies(f"solver-{i}", name, _questions(rows), config, console))
+    fields = ("teacher_correct", "solver_correct_0", "solver_correct_1")
+    for name, given in zip(fields, answers, strict=True):
+        grades = _grade(name, rows, given, config, console)
+        for row in rows:
+            row[name] = grades.get(row["question_hash"])
+    _classify(rows, subjects, config, console)
+    write_rows(target, rows)
+    missing = {n: sum(r.get(n) is None for r in rows) for n in ("length", "subject", *fields)}
+    listed = ", ".join(f"{count} without {name}" for name, count in missing.items() if count)
+    skipped = write_skipped(target, questions.skipped)
+    console.print(f"{len(rows)} questions; {listed or 'every feature there'}; {skipped}: {target}")
+    return target
+
+
+def read_subjects(path: Path) -> dict[str, str]:
+    """Two-digit code -> title. Raises an InputError that names the entry."""
+    entries = parse_json(read_bytes(path), str(path))
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: expected a list of subjects with code and title")
+    found: dict[str, str] = {}
+    for i, entry in enumerate(entries):
+        where = f"{path}: entry {i + 1}"
+        row = entry if isinstance(entry, dict) else {}
+        code, title = text_of(row, "code", where), text_of(row, "title", where)
+        if not re.fullmatch(r"\d\d", code) or code in found:
+            raise InputError(f"{where}: code {code!r} must be two digits that no other entry has")
+        found[code] = title
+    return found
+
+
+def teacher_of(spec: str, sampling: Sampling, flag: str, *, think: bool = False) -> Teacher:
+    """The teacher that a flag like openai:MODEL@URL names."""
+    name, colon, model = spec.partition(":")
+    if not colon or not model:
+        raise InputError(
+            f"{flag} {spec!r}: expected gemini:MODEL, openai:MODEL@URL or engine:FOLDER"
+        )
+    if name == "engine":
+        return OurEngine(model, sampling, think=think)
+    model, _, url = model.partition("@http")
+    return make_teacher(name, model, f"http{url}" if url else "", sampling)
+
+
+def _questions(rows: Sequence[Row]) -> list[Task]:
+    return [Task(key=row["question_hash"], question=row["question"]) for row in rows]
+
+
+def _replies(
+    step: str,
+    spec: str,
+    tasks: Sequence[Task],
+    config: FeatureConfig,
+    console: Console,
+    sampling: Sampling | None = None,
+) -> dict[str, str]:
+    """What a teacher answers, by key, from its store where it has answered before."""
+    teacher = teacher_of(spec, sampling or config.solving, f"--{step.split('-')[0]}")
+    console.print(f"{step}: {spec}", highlight=False)
+    with Store(config.work / f"{step}.sqlite", {"step": step, **teacher.identity}) as store:
+        meter = ask_all(teacher, tasks, store, config.pace, console)
+        console.print(meter.line(len(tasks), config.pace.max_dollars), highlight=False)
+        found = {task.key: store.get(task.key) for task in tasks}
+    return {key: r["answer"] for key, r in found.items() if r is not None and not r["refused"]}
+
+
+def _grade(
+    name: str, rows: Sequence[Row], answers: dict[str, str], config: FeatureConfig, console: Console
+) -> dict[str, bool | None]:
+    """Question hash -> whether the answer is right; None where nothing can tell."""
+    able = [r for r in rows if r.get("solution") and answers.get(r["question_hash"])]
+    if not config.grader:
+        return {
+            r["question_hash"]: verify(answers[r["question_hash"]], r["solution"]) for r in able
+        }
+    tasks = [_grading_task(row, answers[row["question_hash"]]) for row in able]
+    replies = _replies("grader", config.grader, tasks, config, console, Sampling(max_tokens=8192))
+    grades = {}
+    for row, task in zip(able, tasks, strict=True):
+        last = (replies.get(task.key, "").split() or [""])[-1].strip(".*").lower()
+        grades[row["question_hash"]] = {"yes": True, "no": False}.get(last)
+    return grades
+
+
+def _grading_task(row: Row, answer: str) -> Task:
+    """Keyed by question and attempt, so that all three answers share one store."""
+    text = (
+        f"## Problem\n{row['question']}\n\n## Attempt\n{answer}\n\n"
+        f"## Correct answer\n{row['solution']}"
+    )
+    return Task(key=row["question_hash"] + question_hash(text), question=text, system=GRADER)
+
+
+def _classify(
+    rows: Sequence[Row], subjects: dict[str, str], config: FeatureConfig, console: Console
+) -> None:
+    listed = "\n".join(f"{code} {title}" for code, title in subjects.items())
+    tasks = [
+        Task(
+            key=row["question_hash"],
+            question=f"## Question\n{row['question']}\n\n## Subjects\n{listed}",
+            system=CLASSIFIER,
+        )
+        for row in rows
+    ]
+    sampling = Sampling(max_tokens=8192)
+    replies = _replies("classifier", config.classifier, tasks, config, console, sampling)
+    for row in rows:
+        code = re.search(r"(\d\d)\W*$", replies.get(row["question_hash"], ""))
+        row["subject"] = subjects.get(code[1]) if code else None
+
+
+def verify(answer: str, solution: str) -> bool | None:
+    """Whether the answer's result equals the solution's; None if the solution states no result.
+
+    Letters of multiple choice are compared as letters, all else by math-verify. From the main
+    thread only: its time limits are signals.
+    """
+    from math_verify import parse
+    from math_verify import verify as equal
+
+    gold = final_result(solution)
+    if gold is None:
+        return None
+    given = final_result(answer) or answer
+    if re.fullmatch(r"\(?[A-Z]\)?", gold):
+        letter = re.search(r"\b([A-Z])\b", given)
+        return letter is not None and letter[1] == gold.strip("()")
+    try:
+        return bool(equal(parse(f"${gold}$"), parse(f"${given}$")))
+    except TimeoutError:
+        return False
+
+
+def final_result(text: str) -> str | None:
+    """The last boxed result, else what follows the last "Answer:" or "####", else a short text."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for i in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + 7 : i].strip()
+    marked = re.findall(r"(?:Answer\s*:|####)\s*(.+)", text)
+    found = marked[-1] if marked else text
+    found = found.strip().strip("$").rstrip(".")
+    return found if 0 < len(found) <= 60 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", type=Path, nargs="+")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--solver", action="append", default=[], metavar="TEACHER")
+    parser.add_argument("--classifier", required=True, metavar="TEACHER")
+    parser.add_argument("--subjects", type=Path, required=True)
+    parser.add_argument("--grader", default="", metavar="TEACHER")
+    parser.add_argument("--concurrency", type=int, default=32)
+    given: Any = parser.parse_args()
+    try:
+        config = FeatureConfig(
+            work=given.work,
+            tokenizer=given.tokenizer,
+            solvers=tuple(given.solver),
+            classifier=given.classifier,
+            subjects=given.subjects,
+            grader=given.grader,
+            pace=Pace(concurrency=given.concurrency),
+        )
+        featurise(given.sources, given.target, config, Console())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

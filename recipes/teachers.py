@@ -1,0 +1,318 @@
+"""Whoever answers questions: Gemini, any OpenAI-compatible server, and our own engine.
+
+A teacher has `identity`, which its answers are stored under, and `ask`, one attempt without any
+retry. What an attempt may end in besides a Reply:
+
+    Unavailable   worth another attempt: a limit, a server's error, a broken or late answer
+    InputError    no attempt can work: the key, the model or the request is wrong
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from s1fast.errors import InputError
+
+REFUSALS = {"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE"}
+"""Gemini's finish reasons after which asking again would be refused again; s1 met RECITATION."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One answer, with what it cost in tokens."""
+
+    thinking: str = ""
+    answer: str = ""
+    finish_reason: str = ""
+    refused: str = ""
+    """Why there is no answer, where the teacher declined to give one."""
+    prompt_tokens: int = 0
+    thoughts_tokens: int | None = None
+    """Thinking tokens as the teacher counts and bills them; None where it does not tell."""
+    answer_tokens: int = 0
+
+
+class Unavailable(Exception):
+    """This attempt failed, the next may not.
+
+    Args:
+        retry_after_s: how long the server asked to be left alone; 0 if it did not say.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+class Teacher(Protocol):
+    identity: dict[str, Any]
+
+    async def ask(self, question: str, system: str = "") -> Reply:
+        """One attempt to answer. Raises Unavailable or InputError."""
+
+    async def aclose(self) -> None:
+        """Closes its connections."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What is asked of a teacher; None leaves a value to it, as s1 did throughout."""
+
+    temperature: float | None = None
+    max_tokens: int | None = None
+    """Most tokens of an answer, thinking included."""
+    thinking_budget: int | None = None
+    """Gemini's bound on thinking tokens."""
+
+
+def make_teacher(name: str, model: str, base_url: str, sampling: Sampling) -> Teacher:
+    """The teacher of that name: gemini, openai or engine.
+
+    Raises:
+        InputError: no model, a missing key or package, a model folder that cannot be loaded.
+    """
+    if not model:
+        raise InputError("--model: name the teacher's model; there is no default")
+    if name == "gemini":
+        return Gemini(model, base_url, sampling)
+    if name == "openai":
+        return OpenAICompatible(model, base_url, sampling)
+    if name == "engine":
+        return OurEngine(model, sampling)
+    raise InputError(f"teacher {name!r}: expected gemini, openai or engine")
+
+
+def _key(*names: str) -> str:
+    """The API key in the first of these environment variables; it is kept nowhere else."""
+    for name in names:
+        if os.environ.get(name, "").strip():
+            return os.environ[name].strip()
+    raise InputError(f"no API key: set the environment variable {' or '.join(names)}")
+
+
+def _fail(code: int, message: str, model: str, key: str, headers: Any) -> Exception:
+    """What an HTTP error means for the question: another attempt, or the end of the run."""
+    message = " ".join(message.replace(key, "***").split())[:300]
+    if code in (408, 409, 425, 429) or code >= 500:
+        return Unavailable(f"HTTP {code}: {message}", _retry_after(headers))
+    if code in (401, 403) or "api key" in message.lower():
+        return InputError(f"the API key was refused (HTTP {code}): {message}")
+    if code == 404:
+        return InputError(f"--model {model!r}: unknown to the server (HTTP 404): {message}")
+    return InputError(f"--model {model!r}: the server rejects the request (HTTP {code}): {message}")
+
+
+def _retry_after(headers: Any) -> float:
+    try:
+        return max(0.0, float((headers or {}).get("retry-after", 0)))
+    except ValueError:  # a date, which providers do not send
+        return 0.0
+
+
+class Gemini:
+    """Google's models through google-genai, thoughts included, which s1 distilled from."""
+
+    def __init__(self, model: str, base_url: str, sampling: Sampling) -> None:
+        try:
+            import httpx2
+            from google import genai
+            from google.genai import types
+        except ImportError:
+            raise InputError("gemini needs google-genai: pip install 's1fast[data]'") from None
+        self._key = _key("GEMINI_API_KEY", "GOOGLE_API_KEY")
+        self._types, self._model = types, model
+        self._http = httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None), timeout=None)
+        self._transport_error = httpx2.TransportError
+        # Without retry options the client has an implicit retry after a broken connection, which
+        # would pay again unseen; one attempt turns it off. Time limits are the caller's.
+        options = types.HttpOptions(
+            base_url=base_url or None,
+            httpx_async_client=self._http,
+            retry_options=types.HttpRetryOptions(attempts=1),
+        )
+        self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
+        self.identity = {"teacher": "gemini", "model": model, "base_url": base_url}
+        self.identity |= _given(sampling)
+        self._config: dict[str, Any] = {
+            "thinking_config": types.ThinkingConfig(
+                include_thoughts=True, thinking_budget=sampling.thinking_budget
+            ),
+            "temperature": sampling.temperature,
+            "max_output_tokens": sampling.max_tokens,
+        }
+
+    async def ask(self, question: str, system: str = "") -> Reply:
+        from google.genai import errors
+
+        config = self._types.GenerateContentConfig(
+            **self._config, system_instruction=system or None
+        )
+        try:
+            response = await self._client.aio.models.generate_content(
+                model=self._model, contents=question, config=config
+            )
+        except errors.APIError as error:
+            headers = getattr(error.response, "headers", None)
+            raise _fail(error.code, str(error.message), self._model, self._key, headers) from None
+        except (self._transport_error, ValueError) as error:  # ValueError: a body that is no JSON
+            raise Unavailable(f"{type(error).__name__}: {error}") from None
+        return _gemini_reply(response)
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+
+def _gemini_reply(response: Any) -> Reply:
+    usage = response.usage_metadata
+    counts: dict[str, Any] = {
+        "prompt_tokens": (usage and usage.prompt_token_count) or 0,
+        "thoughts_tokens": usage and usage.thoughts_token_count,
+        "answer_tokens": (usage and usage.candidates_token_count) or 0,
+    }
+    feedback = response.prompt_feedback
+    if feedback is not None and feedback.block_reason is not None:
+        return Reply(refused=f"prompt blocked: {feedback.block_reason.name}", **counts)
+    if not response.candidates:
+        raise Unavailable("no candidate in the answer")
+    candidate = response.candidates[0]
+    reason = candidate.finish_reason.name if candidate.finish_reason else ""
+    parts = (candidate.content and candidate.content.parts) or []
+    thinking = "\n".join(part.text for part in parts if part.text and part.thought)
+    answer = "".join(part.text for part in parts if part.text and not part.thought)
+    refused = reason if reason in REFUSALS else ""
+    return Reply(thinking=thinking, answer=answer, finish_reason=reason, refused=refused, **counts)
+
+
+class OpenAICompatible:
+    """Any server with /chat/completions: DeepSeek, vLLM, our own."""
+
+    def __init__(self, model: str, base_url: str, sampling: Sampling) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise InputError("openai needs its package: pip install 's1fast[data]'") from None
+        if sampling.thinking_budget is not None:
+            raise InputError("--thinking-budget: only gemini takes one; --max-tokens bounds all")
+        self._key, self._model = _key("OPENAI_API_KEY"), model
+        self._openai = openai
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key, base_url=base_url or None, max_retries=0, timeout=None
+        )
+        self.identity = {"teacher": "openai", "model": model, "base_url": base_url}
+        self.identity |= _given(sampling)
+        self._given = {k: v for k, v in _given(sampling).items() if k != "thinking_budget"}
+
+    async def ask(self, question: str, system: str = "") -> Reply:
+        messages: Any = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        try:
+            done = await self._client.chat.completions.create(
+                model=self._model, messages=messages, **self._given
+            )
+        except self._openai.APIStatusError as error:
+            headers = error.response.headers
+            raise _fail(error.status_code, error.message, self._model, self._key, headers) from None
+        except (self._openai.APIError, ValueError) as error:
+            raise Unavailable(f"{type(error).__name__}: {error}") from None
+        if not done or not getattr(done, "choices", None):
+            raise Unavailable("no choice in the answer")
+        return _openai_reply(done)
+
+    async def aclose(self) -> None:
+        await self._client.close()
+
+
+def _openai_reply(done: Any) -> Reply:
+    choice = done.choices[0]
+    answer = choice.message.content or ""
+    extra = choice.message.model_extra or {}
+    thinking = extra.get("reasoning_content") or extra.get("reasoning") or ""
+    inline = re.match(r"\s*<think>(.*?)</think>", answer, re.DOTALL)
+    if not thinking and inline:  # R1-style models behind a server that does not part them
+        thinking, answer = inline[1], answer[inline.end() :]
+    usage = done.usage
+    output = usage.completion_tokens if usage else 0
+    details = usage and usage.completion_tokens_details
+    thoughts = details.reasoning_tokens if details else None
+    reason = choice.finish_reason or ""
+    refused = choice.message.refusal or ("content_filter" if reason == "content_filter" else "")
+    return Reply(
+        thinking=thinking.strip(),
+        answer=answer.strip(),
+        finish_reason=reason,
+        refused=refused,
+        prompt_tokens=usage.prompt_tokens if usage else 0,
+        thoughts_tokens=thoughts,
+        answer_tokens=output - (thoughts or 0),
+    )
+
+
+class OurEngine:
+    """A model folder in this process; questions that wait are answered as one batch."""
+
+    def __init__(self, model: str, sampling: Sampling, *, think: bool = True) -> None:
+        from s1fast.decoder import Engine, SamplingParams
+
+        if sampling.thinking_budget is not None:
+            raise InputError("--thinking-budget: only gemini takes one; --max-tokens bounds all")
+        self._engine = Engine(model)
+        self._params = SamplingParams(
+            temperature=sampling.temperature or 0.0, max_tokens=sampling.max_tokens
+        )
+        self._think = think
+        self.identity = {"teacher": "engine", "model": model, "think": think} | _given(sampling)
+        self._waiting: list[tuple[list[dict[str, str]], asyncio.Future[Reply]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def ask(self, question: str, system: str = "") -> Reply:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting.append((messages, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await future
+
+    async def aclose(self) -> None:
+        if self._worker is not None:
+            self._worker.cancel()
+
+    async def _work(self) -> None:
+        await asyncio.sleep(0)  # whoever asks in the same turn of the loop joins the batch
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            try:
+                replies = await asyncio.to_thread(self._answer, [messages for messages, _ in batch])
+            except Exception as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), reply in zip(batch, replies, strict=True):
+                if not future.done():  # its time was up
+                    future.set_result(reply)
+
+    def _answer(self, prompts: list[list[dict[str, str]]]) -> list[Reply]:
+        from s1fast.budget import Budget
+
+        budget = Budget() if self._think else None
+        done = self._engine.generate(prompts, self._params, budget)
+        return [
+            Reply(
+                thinking=c.thinking.strip(),
+                answer=c.answer.strip(),
+                finish_reason=c.finish_reason or "",
+                prompt_tokens=len(c.prompt_ids),
+                thoughts_tokens=c.thinking_tokens,
+                answer_tokens=len(c.token_ids) - c.thinking_tokens,
+            )
+            for c in done
+        ]
+
+
+def _given(sampling: Sampling) -> dict[str, Any]:
+    return {name: value for name, value in vars(sampling).items() if value is not None}

@@ -1,0 +1,262 @@
+"""Distillation against a faulty server: everything answered, each answer paid for once."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from s1fast.errors import InputError
+from s1fast.recipes import store as store_module
+from s1fast.recipes.asking import Pace
+from s1fast.recipes.distill import DistillConfig, distill
+from s1fast.recipes.questions import question_hash, read_questions
+from s1fast.recipes.store import Store
+
+pytest.importorskip("google.genai", reason="no google-genai; unproven: distillation")
+_spec = importlib.util.spec_from_file_location("fake", Path(__file__).with_name("fake_gemini.py"))
+assert _spec is not None and _spec.loader is not None
+fake = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake)
+
+PRICES = {"input_price": 2.0, "output_price": 10.0}
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    monkeypatch.setenv("GEMINI_API_KEY", "right-key")
+    servers = []
+
+    def make(**options: Any) -> Any:
+        servers.append(fake.FakeGemini(**options))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def config(server: Any, **values: Any) -> DistillConfig:
+    pace = {
+        "concurrency": 16,
+        "request_seconds": 1.0,
+        "first_wait_seconds": 0.02,
+        "longest_wait_seconds": 0.2,
+        **PRICES,
+        **values.pop("pace", {}),
+    }
+    return DistillConfig(
+        **{"model": "known", "base_url": server.url, "pace": Pace(**pace), **values}
+    )
+
+
+def write_questions(path: Path, count: int) -> Path:
+    path.write_text(
+        "".join(json.dumps({"question": f"What is {i} + {i}?"}) + "\n" for i in range(count))
+    )
+    return path
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=1000)
+
+
+def stored(path: Path) -> dict[str, dict[str, Any]]:
+    with sqlite3.connect(path) as db:
+        return {k: json.loads(v) for k, v in db.execute("SELECT key, value FROM records")}
+
+
+def billed(path: Path) -> tuple[int, int]:
+    records = stored(path).values()
+    output = sum(r["answer_tokens"] + (r["thoughts_tokens"] or 0) for r in records)
+    return sum(r["prompt_tokens"] for r in records), output
+
+
+def test_every_fault_and_each_paid_once(serve: Any, tmp_path: Path) -> None:
+    server, n = serve(), 200
+    source, path = write_questions(tmp_path / "q.jsonl", n), tmp_path / "s.sqlite"
+    console = quiet()
+    target = distill([source], path, config(server), console)
+    assert len(server.paid) == n and set(server.paid.values()) == {1}
+    assert all(server.fault_counts[f] > 2 for f in fake.FAULTS), server.fault_counts
+    assert tuple(server.tokens) == billed(path)
+    dollars = (2.0 * server.tokens[0] + 10.0 * server.tokens[1]) / 1e6
+    assert f"${dollars:.4f}" in console.file.getvalue()  # type: ignore[attr-defined]
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert len(rows) == n
+    refused = [row for row in rows if row["refused"]]
+    assert 0 < len(refused) < n / 4 and {r["refused"] for r in refused} == {"RECITATION"}
+    for row in rows:
+        expected = fake.answer(row["question"], "raw")["candidates"][0]
+        if not row["refused"]:
+            thinking, answer = expected["content"]["parts"]
+            assert (row["thinking"], row["answer"]) == (thinking["text"], answer["text"])
+            assert row["thoughts_kind"] == "raw" and row["model"] == "known"
+    before = server.seen.total()
+    distill([source], path, config(server), quiet())
+    assert server.seen.total() == before  # all of it is in the store
+    for file in tmp_path.iterdir():
+        assert b"right-key" not in file.read_bytes()
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from s1fast.recipes.asking import Pace
+from s1fast.recipes.distill import DistillConfig, distill
+pace = Pace(concurrency=8, request_seconds=1.0, first_wait_seconds=0.02, longest_wait_seconds=0.2)
+config = DistillConfig(model="known", base_url=sys.argv[3], pace=pace)
+distill([Path(sys.argv[1])], Path(sys.argv[2]), config, Console(quiet=True))
+"""
+
+
+@pytest.mark.parametrize(("n", "kills"), [(120, 3), pytest.param(1000, 20, marks=pytest.mark.slow)])
+def test_kill_9_neither_loses_nor_repays(n: int, kills: int, serve: Any, tmp_path: Path) -> None:
+    """What was stored at a kill is never asked again; only what was under way can be paid twice."""
+    server, rng = serve(delay_s=0.15), random.Random(0)
+    source, path = write_questions(tmp_path / "q.jsonl", n), tmp_path / "s.sqlite"
+    questions = {question_hash(r["question"]): r["question"] for r in read_questions([source]).rows}
+    command = [sys.executable, "-c", CHILD, str(source), str(path), server.url]
+    lost = 0
+    for kill in range(kills):
+        child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        enough = n * (kill + 1) // (kills + 2)  # some progress each time
+        while len(server.paid) < enough:
+            assert child.poll() is None, "it ended by itself"
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.2)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        while server.active:
+            time.sleep(0.01)
+        with sqlite3.connect(path) as db:
+            under_way = {key for (key,) in db.execute("SELECT key FROM under_way")}
+        kept = stored(path)
+        for key in kept:
+            assert server.paid[questions[key]] >= 1
+        frozen = {key: server.seen[questions[key]] for key in kept}
+        unstored = [q for k, q in questions.items() if k not in kept and server.paid[q]]
+        assert {question_hash(q) for q in unstored} <= under_way and len(under_way) <= 8
+        lost = server.paid.total() - len(kept)
+        if kill + 1 < kills:
+            continue
+        assert subprocess.run(command, timeout=300).returncode == 0
+        assert all(server.seen[questions[key]] == count for key, count in frozen.items())
+    assert set(stored(path)) == set(questions)
+    assert server.paid.total() == n + lost  # nothing but what kills tore off was paid twice
+
+
+@pytest.mark.parametrize("thoughts", ["none", "summary"])
+def test_hidden_thoughts_stop_after_five(thoughts: str, serve: Any, tmp_path: Path) -> None:
+    server = serve(faults=False, thoughts=thoughts)
+    source, path = write_questions(tmp_path / "q.jsonl", 40), tmp_path / "s.sqlite"
+    for _ in range(2):  # the second time from the store, without paying
+        with pytest.raises(InputError, match="--accept-summaries"):
+            distill([source], path, config(server), quiet())
+        answered = [r for r in stored(path).values() if not r["refused"]]
+        assert len(answered) == 5 and server.paid.total() == len(stored(path))
+    target = distill([source], path, config(server, accept_summaries=True), quiet())
+    kinds = {json.loads(x)["thoughts_kind"] for x in target.read_text().splitlines()}
+    assert thoughts in kinds and "raw" not in kinds and set(server.paid.values()) == {1}
+
+
+def test_the_money_ends_it(serve: Any, tmp_path: Path) -> None:
+    server = serve(faults=False, delay_s=0.01)
+    source, path = write_questions(tmp_path / "q.jsonl", 100), tmp_path / "s.sqlite"
+    with pytest.raises(InputError, match=r"--max-dollars 0\.03"):
+        distill([source], path, config(server, pace={"max_dollars": 0.03}), quiet())
+    tokens = server.tokens
+    assert tuple(tokens) == billed(path)
+    assert 0.025 < (2.0 * tokens[0] + 10.0 * tokens[1]) / 1e6 <= 0.03
+    with pytest.raises(InputError, match="--output-price"):
+        Pace(max_dollars=1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "naming"),
+    [
+        ("", "known", "environment variable GEMINI_API_KEY"),
+        ("wrong", "known", "API key was refused"),
+        ("right-key", "gone", "--model 'gone': unknown"),
+        ("right-key", "", "--model: name"),
+    ],
+)
+def test_key_and_model(
+    key: str, model: str, naming: str, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    monkeypatch.setenv("GEMINI_API_KEY", key)
+    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
+    source = write_questions(tmp_path / "q.jsonl", 20)
+    with pytest.raises(InputError, match=naming):
+        distill([source], tmp_path / "s.sqlite", config(server, model=model), quiet())
+    assert not server.paid
+
+
+def test_malformed_and_duplicate_rows_are_listed(serve: Any, tmp_path: Path) -> None:
+    source = write_questions(tmp_path / "q.jsonl", 6)
+    bad = [{"question": 3}, {"solution": "x"}, {"question": "What is 1 + 1?"}]
+    bad.append({"question": "A?", "question_hash": "0" * 16})
+    source.write_text(source.read_text() + "".join(json.dumps(row) + "\n" for row in bad))
+    target = distill([source], tmp_path / "s.sqlite", config(serve(faults=False)), quiet())
+    lines = target.with_name("s.jsonl.skipped.txt").read_text().splitlines()
+    for line, found in zip(
+        lines,
+        ["7: field question is int", "8: field question is m", "9: dup", "10: field question_h"],
+        strict=True,
+    ):
+        assert f"row {found}" in line
+
+
+def test_a_store_of_another_run_schema_or_process(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    with Store(path, {"model": "a"}) as store:
+        store.put("k", {"x": 1})
+        with pytest.raises(InputError, match="another run is writing"):
+            Store(path, {"model": "a"})
+    with pytest.raises(InputError, match="another run"):
+        Store(path, {"model": "b"})
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE meta SET value='9' WHERE name='schema'")
+    with pytest.raises(InputError, match="schema 9, expected 1"):
+        Store(path, {"model": "a"})
+    path.write_text("no database at all " * 100)
+    with pytest.raises(InputError, match=r"s\.sqlite: file is not a database"):
+        Store(path, {"model": "a"})
+
+
+def test_a_full_disk_loses_nothing(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite says that the disk is full until the reserve is gone; all that was paid is stored."""
+    server = serve(faults=False, delay_s=0.02)
+    source, path = write_questions(tmp_path / "q.jsonl", 60), tmp_path / "s.sqlite"
+    whole = Store._put
+
+    def full(self: Store, key: str, value: str) -> None:
+        if len(self) >= 20 and self._reserve.exists():
+            raise sqlite3.OperationalError("database or disk is full")
+        whole(self, key, value)
+
+    monkeypatch.setattr(store_module.Store, "_put", full)
+    with pytest.raises(InputError, match="disk is full"):
+        distill([source], path, config(server), quiet())
+    assert 20 < len(stored(path)) < 60 and tuple(server.tokens) == billed(path)
+    monkeypatch.setattr(store_module.Store, "_put", whole)
+    distill([source], path, config(server), quiet())
+    assert len(server.paid) == 60 and set(server.paid.values()) == {1}

@@ -2,6 +2,7 @@
 
     python -m s1fast.bench.kernels
     python -m s1fast.bench.kernels --shape T4700 T4700xmasked50 --against my_module:my_function
+    python -m s1fast.bench.kernels --op packed_attention
     ncu --profile-from-start off python -m s1fast.bench.kernels --shape T4700 --once
     python -m s1fast.bench.kernels --compare before.json after.json
 
@@ -25,13 +26,14 @@ import torch
 from s1fast.bench.environment import RESULTS, environment, result_path, version
 from s1fast.bench.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 from s1fast.bench.op import Op, Problem, Provider, Sizes, parse_shape, shape_name
+from s1fast.bench.packed_attention import OP as PACKED_ATTENTION
 from s1fast.bench.providers import measure_shape
 from s1fast.bench.report import compare, csv_text, plot, table
 from s1fast.bench.roofs import lines, roofs
 from s1fast.errors import InputError
 from s1fast.files import make_directory, write_atomic
 
-OPS = (LINEAR_CROSS_ENTROPY,)
+OPS = (LINEAR_CROSS_ENTROPY, PACKED_ATTENTION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +43,10 @@ class KernelsConfig:
     op: str = "all"
     """One operation only, by name."""
     shape: tuple[str, ...] = ()
-    """Shapes instead of the default ones, as T4700xD5120xV152064xmasked50; what is left out
-    keeps its default. `masked` is the percentage of rows without label, `peaked` makes logits
-    as after training."""
+    """Shapes instead of the default ones, as T4700xD5120xV152064xmasked50 for linear
+    cross-entropy, S4096xB16xH40xN8xK128 for attention; what is left out keeps its default.
+    `masked` is the percentage of rows without label, `peaked` makes logits as after training,
+    `ragged` draws lengths as of s1K."""
     against: tuple[str, ...] = ()
     """More providers, as module:function: callables with the signature of ours."""
     once: bool = False
@@ -95,7 +98,7 @@ def run(config: KernelsConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops = _chosen(config.op)
     # Everything that was asked for is understood before anything is measured.
-    shapes = [(op, parse_shape(s, op.sizes(device))) for op in ops for s in _shapes(config, op)]
+    shapes = _given(config.shape, ops, device) or _defaults(config.once, ops, device)
     functions = [(name, _function(name)) for name in config.against]
     if config.once:
         if functions:
@@ -156,10 +159,27 @@ def _chosen(name: str) -> tuple[Op, ...]:
     return ops
 
 
-def _shapes(config: KernelsConfig, op: Op) -> tuple[str, ...]:
-    """Those given, or the default ones; to be launched once, only the first of these."""
-    default = op.shapes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return config.shape or (default[:1] if config.once else default)
+def _defaults(once: bool, ops: Sequence[Op], device: torch.device) -> list[tuple[Op, Sizes]]:
+    """The shapes of each operation; to be launched once, only the first of these."""
+    shapes = ((op, op.shapes(device)[: 1 if once else None]) for op in ops)
+    return [(op, parse_shape(s, op.sizes(device))) for op, texts in shapes for s in texts]
+
+
+def _given(texts: Sequence[str], ops: Sequence[Op], device: torch.device) -> list[tuple[Op, Sizes]]:
+    """The shapes that are asked for, each for the operations that have all of its sizes.
+
+    Where none has, the one that has some of them says what is wrong, or the first.
+    """
+    found = []
+    for text in texts:
+        names = {part.rstrip("0123456789") for part in text.split("x")}
+        takers = (
+            [op for op in ops if names <= op.cpu_sizes.keys()]
+            or [op for op in ops if names & op.cpu_sizes.keys()]
+            or ops[:1]
+        )
+        found += [(op, parse_shape(text, op.sizes(device))) for op in takers]
+    return found
 
 
 def _function(name: str) -> Callable[..., torch.Tensor]:

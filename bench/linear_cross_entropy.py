@@ -63,6 +63,7 @@ def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
         ),
         leaves={"hidden": hidden_TD, "weight": weight_VD},
         upstream=None,
+        forward_flops=2 * num_rows * num_classes * width,
         flops=6 * num_rows * num_classes * width,
         num_bytes=3 * once,
     )

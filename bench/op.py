@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from s1fast.errors import InputError
 
 Sizes = dict[str, int]
 Forward = Callable[[], Tensor]
+Context = Callable[[], AbstractContextManager[object]]
 
 
 class MissingError(Exception):
@@ -28,12 +31,14 @@ class Problem:
 
     arguments: what our public function takes, in its order. leaves: those of them that get a
     gradient, by name. upstream: gradient of the output, None for a scalar. flops, num_bytes: the
-    least that forward and backward together must compute, and move through memory.
+    least that forward and backward together must compute, and move through memory. forward_flops:
+    the forward's part.
     """
 
-    arguments: tuple[Tensor, ...]
+    arguments: tuple[Any, ...]
     leaves: dict[str, Tensor]
     upstream: Tensor | None
+    forward_flops: int
     flops: int
     num_bytes: int
 
@@ -69,12 +74,14 @@ class Problem:
 class Provider:
     """One implementation: `build` imports what it needs and returns forward over the problem.
 
-    package: the distribution whose version is recorded with the result.
+    package: the distribution whose version is recorded with the result. context: what it is built
+    and run in, forward and backward.
     """
 
     name: str
     build: Callable[[Problem], Forward]
     package: str | None = None
+    context: Context = nullcontext
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s1fast.bench.op import Forward, MissingError, Op, Problem, Provider, Sizes, shape_name
+from s1fast.bench.op import (
+    Context,
+    Forward,
+    MissingError,
+    Op,
+    Problem,
+    Provider,
+    Sizes,
+    shape_name,
+)
 from s1fast.bench.roofs import Roofs
 from s1fast.bench.timing import Call, Timing, interleaved
 
 ROUNDS = 20
 FEWEST_ROUNDS = 5
-BUDGET_S = 2.0
+BUDGET_S = 1.0
 """A provider's share of the time per shape, all rounds together; at least FEWEST_ROUNDS though."""
 LONGEST_CALL_S = 4.0
 """A provider that needs longer for one forward and backward is not timed."""
@@ -33,13 +42,17 @@ LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 and once more per chunk where it accumulates; a row left out of 4,700 shows as 1 in the maximum."""
 
 
+Working = tuple[Provider, Forward, float]
+"""A provider, what it built, and the seconds of one call."""
+
+
 @dataclass
 class Measurement:
     """One provider on one shape, as it goes into the results.
 
     status: "ok", "missing" or "error", with the reason. timings: forward (without gradients),
-    backward, and full, which is forward with gradients and backward. tflops: counted as the
-    operation says, of full. roof_fraction: least possible time / time, of full. extra_bytes: peak
+    backward, and full, which is forward with gradients and backward. tflops: of each, counted as
+    the operation says. roof_fraction: least possible time / time, of full. extra_bytes: peak
     beyond inputs and returned gradients; None on a CPU. errors: of output and gradients, as
     {"max": max |x - r| / max |r|, "norm": |x - r| / |r|}, None where not finite. wrong: an error is
     above the limit.
@@ -50,7 +63,7 @@ class Measurement:
     status: str = "ok"
     reason: str = ""
     timings: dict[str, Timing] = field(default_factory=dict)
-    tflops: float | None = None
+    tflops: dict[str, float] = field(default_factory=dict)
     roof_fraction: float | None = None
     extra_bytes: int | None = None
     errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
@@ -81,18 +94,20 @@ def measure_shape(
         problem.num_bytes / (max(roofs.copy_gb_s, roofs.read_gb_s) * 1e9),
     )
     found = {provider.name: Measurement(provider.name, v) for provider, v in providers}
-    forwards = _try(op, problem, providers, found)
-    _time(problem, forwards, found)
+    works = _try(op, problem, providers, found)
+    _time(problem, works, found)
+    flops = {"forward": problem.forward_flops, "full": problem.flops}
+    flops["backward"] = problem.flops - problem.forward_flops
     for one in found.values():
         if one.timings:
-            full_s = one.timings["full"].median_ms * 1e-3
-            one.tflops = problem.flops / full_s / 1e12
-            one.roof_fraction = floor_s / full_s
+            one.tflops = {m: flops[m] / t.median_ms / 1e9 for m, t in one.timings.items()}
+            one.roof_fraction = floor_s * 1e3 / one.timings["full"].median_ms
     return {
         "op": op.name,
         "shape": shape_name(sizes),
         "sizes": sizes,
         "dtype": str(dtype).removeprefix("torch."),
+        "forward_flops": problem.forward_flops,
         "flops": problem.flops,
         "num_bytes": problem.num_bytes,
         "floor_ms": floor_s * 1e3,
@@ -147,47 +162,49 @@ def _try(
     problem: Problem,
     providers: Sequence[tuple[Provider, str | None]],
     found: dict[str, Measurement],
-) -> dict[str, tuple[Forward, float]]:
-    """Warms every provider up, checks it and its memory; forward and seconds of those that work."""
+) -> dict[str, Working]:
+    """Warms every provider up, checks it and its memory; those that work."""
     output, gradients = op.reference(problem)
     works = {}
     for provider, _ in providers:
         one = found[provider.name]
         try:
-            forward = provider.build(problem)
-            problem.inference(forward)
-            problem.full(forward)
-            seconds = _call_seconds(problem, forward)
-            if seconds > LONGEST_CALL_S:
-                raise TimeoutError(f"one call takes {seconds:.1f} s: not timed")
-            one.extra_bytes = peak_extra(problem, forward)
-            one.errors = {"output": relative_errors(problem.full(forward), output)}
+            with provider.context():
+                forward = provider.build(problem)
+                problem.inference(forward)
+                problem.full(forward)
+                seconds = _call_seconds(problem, forward)
+                if seconds > LONGEST_CALL_S:
+                    raise TimeoutError(f"one call takes {seconds:.1f} s: not timed")
+                one.extra_bytes = peak_extra(problem, forward)
+                one.errors = {"output": relative_errors(problem.full(forward), output)}
             for name, leaf in problem.leaves.items():
                 if leaf.grad is None:
                     raise RuntimeError(f"no gradient of {name}")
                 one.errors[f"d {name}"] = relative_errors(leaf.grad, gradients[name])
             one.wrong = is_wrong(one.errors, problem.dtype)
-            works[provider.name] = forward, seconds
+            works[provider.name] = provider, forward, seconds
         except Exception as error:
             one.fail(error)
         _release(problem)
     return works
 
 
-def _time(
-    problem: Problem, forwards: dict[str, tuple[Forward, float]], found: dict[str, Measurement]
-) -> None:
+def _time(problem: Problem, works: dict[str, Working], found: dict[str, Measurement]) -> None:
     """Times the three modes, every provider in each round; fills in `found`."""
     # A round runs forward four times and backward twice, of which three and two are timed or needed
     # to: two and a half full calls.
     rounds = {
         name: min(ROUNDS, max(FEWEST_ROUNDS, int(BUDGET_S / (2.5 * seconds + 1e-6))))
-        for name, (_, seconds) in forwards.items()
+        for name, (_, _, seconds) in works.items()
     }
     for mode in ("forward", "backward", "full"):
-        alive = {n: f for n, (f, _) in forwards.items() if found[n].status == "ok"}
-        calls = {n: _guarded(_call(mode, problem, f), found[n]) for n, f in alive.items()}
-        timings = interleaved(calls, {name: rounds[name] for name in alive})
+        calls = {
+            name: _guarded(_call(mode, problem, forward), provider.context, found[name])
+            for name, (provider, forward, _) in works.items()
+            if found[name].status == "ok"
+        }
+        timings = interleaved(calls, {name: rounds[name] for name in calls})
         for name, timing in timings.items():
             if found[name].status == "ok":
                 found[name].timings[mode] = timing
@@ -206,20 +223,22 @@ def _call(mode: str, problem: Problem, forward: Forward) -> Call:
     return Call(lambda _: problem.full(forward), prepare=problem.clear)
 
 
-def _guarded(call: Call, one: Measurement) -> Call:
-    """The call, which notes its own failure and from then on does nothing."""
+def _guarded(call: Call, context: Context, one: Measurement) -> Call:
+    """The call in its context, which notes its own failure and from then on does nothing."""
 
     def prepare() -> Any:
         try:
-            return call.prepare() if one.status == "ok" else None
+            with context():
+                return call.prepare() if one.status == "ok" else None
         except Exception as error:
             one.fail(error)
             return None
 
     def run(state: Any) -> None:
         try:
-            if one.status == "ok":
-                call.run(state)
+            with context():
+                if one.status == "ok":
+                    call.run(state)
         except Exception as error:
             one.fail(error)
 

@@ -24,7 +24,7 @@ HEADER = (
     "backward ms",
     "full ms",
     "20-80 %",
-    "TFLOP/s",
+    "TFLOP/s of each",
     "of floor",
     "extra GB",
     "error",
@@ -87,7 +87,7 @@ def cells(shape: dict[str, Any]) -> list[list[str]]:
                 one["provider"],
                 *(f"{one['timings'][mode]['median_ms']:.3f}" for mode in MODES),
                 f"{full['q20_ms']:.3f}-{full['q80_ms']:.3f}",
-                f"{one['tflops']:.3g}",
+                " / ".join(f"{one['tflops'][mode]:.3g}" for mode in MODES),
                 f"{100 * one['roof_fraction']:.1f} %",
                 "" if one["extra_bytes"] is None else f"{one['extra_bytes'] / 1e9:.2f}",
                 _error(one),
@@ -129,25 +129,30 @@ def csv_text(result: Result) -> str:
 
 def plot(result: Result) -> bytes:
     """PNG: milliseconds of forward and backward, and the share of the floor, per shape."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     shapes = result["shapes"]
-    measured = [m for s in shapes for m in s["measurements"] if m["status"] == "ok"]
-    names = list(dict.fromkeys(m["provider"] for m in measured))
+    working: dict[str, dict[str, None]] = {}  # operation -> its providers, in order
+    for shape in shapes:
+        fine = (m["provider"] for m in shape["measurements"] if m["status"] == "ok")
+        working.setdefault(shape["op"], {}).update(dict.fromkeys(fine))
+    names = list(dict.fromkeys(name for own in working.values() for name in own))
     figure = Figure(figsize=(max(8.0, 2.0 * len(shapes)), 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    width = 0.8 / max(len(names), 1)
     for i, name in enumerate(names):
-        places, ms, shares = [], [], []
+        places, widths, ms, shares = [], [], [], []
         for x, shape in enumerate(shapes):
-            one = next(m for m in shape["measurements"] if m["provider"] == name)
-            if one["status"] == "ok":
-                places.append(x + (i - (len(names) - 1) / 2) * width)
+            own = list(working[shape["op"]])
+            one = next((m for m in shape["measurements"] if m["provider"] == name), None)
+            if one and one["status"] == "ok":
+                widths.append(0.8 / len(own))
+                places.append(x + (own.index(name) - (len(own) - 1) / 2) * widths[-1])
                 ms.append(one["timings"]["full"]["median_ms"])
                 shares.append(100 * one["roof_fraction"])
-        color = f"C{i % 10}"
-        upper.bar(places, ms, width, color=color, label=name)
-        lower.bar(places, shares, width, color=color)
+        color = colormaps["tab20"](i % 20)
+        upper.bar(places, ms, widths, color=color, label=name)
+        lower.bar(places, shares, widths, color=color)
     floors = [shape["floor_ms"] for shape in shapes]
     starts = [x - 0.45 for x in range(len(shapes))]
     ends = [x + 0.45 for x in range(len(shapes))]

@@ -321,6 +321,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.syspath_prepend(folder)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(kernels, "roofs", lambda: CEILINGS)
+        patch.setattr(kernels, "OPS", (OP,))
         patch.setattr(providers, "ROUNDS", 6)
         for name in ("liger_kernel", "cut_cross_entropy"):
             patch.setitem(sys.modules, name, None)
@@ -380,7 +381,10 @@ def test_whole_run(whole: Path) -> None:
             assert set(one["errors"]) == {"output", "d hidden", "d weight"}
             assert set(one["timings"]) == {"forward", "backward", "full"}
             full_ms = one["timings"]["full"]["median_ms"]
-            assert one["tflops"] == pytest.approx(shape["flops"] / full_ms / 1e9)
+            assert one["tflops"]["full"] == pytest.approx(shape["flops"] / full_ms / 1e9)
+            for mode, part in (("forward", 1 / 3), ("backward", 2 / 3)):
+                wanted = part * shape["flops"] / one["timings"][mode]["median_ms"] / 1e9
+                assert one["tflops"][mode] == pytest.approx(wanted)
             assert one["roof_fraction"] == pytest.approx(shape["floor_ms"] / full_ms)
             assert one["extra_bytes"] is None
         found = by_provider(result, i)
@@ -442,7 +446,7 @@ def test_against_shows_errors(narrow: dict[str, Any]) -> None:
     ):
         one = found[f"plugin:{name}"]
         assert one["status"] == "error" and one["reason"].startswith(reason)
-        assert "\n" not in one["reason"] and one["timings"] == {} and one["tflops"] is None
+        assert "\n" not in one["reason"] and one["timings"] == {} == one["tflops"]
 
 
 def test_table(narrow: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from s1fast.kernels.jit import jit, tl
 from s1fast.kernels.softmax_gradient import num_programs, softmax_gradient_
@@ -372,6 +373,15 @@ def _(
     loss = hidden_TD.new_empty((), dtype=wide)
     logprob_T = hidden_TD.new_empty(len(hidden_TD), dtype=wide)
     return loss, logprob_T, label_T.new_empty(()), dhidden_TD, dweight_VD
+
+
+@register_flop_formula(torch.ops.s1fast.linear_cross_entropy)
+def _flops(
+    hidden, weight, label, loss_weight, valid_rows, needs_dhidden, needs_dweight, *_, **__
+) -> int:
+    """Of the products, from shapes: FlopCounterMode cannot look inside. No index: all rows."""
+    (num_rows,) = valid_rows or label
+    return 2 * num_rows * weight[0] * weight[1] * (1 + needs_dhidden + needs_dweight)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -94,8 +94,13 @@ def packed_attention(
     _check(q_THK, k_TNK, v_TNK, cu_seqlens)
     width = q_THK.shape[2]
     backend = backend or default_backend(q_THK.device, q_THK.dtype, width)
-    check_backend(backend, q_THK.device, q_THK.dtype, width)
+    try:
+        check_backend(backend, q_THK.device, q_THK.dtype, width)
+    except ValueError as error:
+        raise ValueError(f"q_THK {tuple(q_THK.shape)}: {error}") from None
     scale = width**-0.5 if softmax_scale is None else softmax_scale
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"softmax_scale {scale}: expected a positive number")
     if backend == "triton":
         out_THK, lse2_HT = _op(q_THK, k_TNK, v_TNK, cu_seqlens, max_seqlen, causal, scale)
         return (out_THK, lse2_HT / kernels.LOG2_E) if return_lse else out_THK
@@ -240,7 +245,8 @@ def _backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_THK, dk_TNK, dv_TNK)."""
-    dout_THK = dout_THK if _fits_tma(dout_THK) else dout_THK.contiguous()
+    if not _fits_tma(dout_THK):  # also where it is contiguous, but misaligned
+        dout_THK = dout_THK.clone(memory_format=torch.contiguous_format)
     saved = (q_THK, k_TNK, v_TNK, out_THK, lse2_HT)
     return kernels.backward(dout_THK, *saved, tuple(cu_seqlens.tolist()), causal, scale)
 

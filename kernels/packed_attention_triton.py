@@ -262,7 +262,7 @@ def _dkey_kernel(
         q_MK = q_desc.load([member, row, 0]).reshape(M, K)
         dout_MK = dout_desc.load([member, row, 0]).reshape(M, K)
         row_M = row + tl.arange(0, M)
-        offset_M = member * num_tokens.to(tl.int64) + row_M
+        offset_M = member.to(tl.int64) * num_tokens + row_M
         inside_M = row_M < length
         lse2_M = tl.load(lse2_ptr + offset_M, mask=inside_M, other=float("inf"))  # beyond: p = 0
         p_NM = tl.exp2(tl.dot(k_NK, q_MK.T) * scale2 - lse2_M[None, :])
@@ -447,29 +447,36 @@ _TYPES = (
 def _case(name: str, kernel, constants: dict[str, Any], options: dict[str, int]):
     code = getattr(kernel, "fn", kernel).__code__
     taken = code.co_varnames[: code.co_argcount]
-    return name, kernel, {x: _TYPES[x] for x in taken if x in _TYPES}, constants, options
+    types = {x: _TYPES[x] for x in taken if x in _TYPES and x not in constants}
+    return name, kernel, types, {x: y for x, y in constants.items() if x in taken}, options
+
+
+_ONES = dict.fromkeys(("num_tokens", "heads", "kv_heads", "group"), 1)
+"""A launch makes constants of arguments that are 1."""
+
+
+def _cases(name: str, kernel, shipped: dict[int, Tile]):
+    for width in shipped:
+        for causal in (True, False):
+            constants, options = _constants(shipped[width], width, causal)
+            full = f"packed_attention/{name}/{width}{'' if causal else '/full'}"
+            yield _case(full, kernel, constants, options)
+            if causal:
+                yield _case(f"{full}/one token, one head", kernel, constants | _ONES, options)
 
 
 COMPILE_CASES = [
-    _case(
-        f"packed_attention/{name}/{width}{'' if causal else '/full'}",
-        kernel,
-        *_constants(shipped[width], width, causal),
-    )
-    for name, kernel, shipped in (
-        ("forward", _forward_kernel, FORWARD),
-        ("dquery", _dquery_kernel, DQUERY),
-        ("dkey", _dkey_kernel, DKEY),
-    )
-    for width in shipped
-    for causal in (True, False)
-] + [
-    _case(
-        f"packed_attention/delta/{width}",
-        _delta_kernel,
-        {"K": width, "ROWS": 8192 // width},
-        {"num_warps": 4},
-    )
-    for width in FORWARD
+    *_cases("forward", _forward_kernel, FORWARD),
+    *_cases("dquery", _dquery_kernel, DQUERY),
+    *_cases("dkey", _dkey_kernel, DKEY),
+    *(
+        _case(
+            f"packed_attention/delta/{width}",
+            _delta_kernel,
+            {"K": width, "ROWS": 8192 // width},
+            {"num_warps": 4},
+        )
+        for width in FORWARD
+    ),
 ]
 """As softmax_gradient.COMPILE_CASES."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import signal
 import time
 from collections import deque
@@ -22,10 +23,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from s1fast.errors import InputError
 from s1fast.recipes.store import Store
-from s1fast.recipes.teachers import Reply, Teacher, Unavailable
+from s1fast.recipes.teachers import Rejected, Reply, Teacher, Unavailable
 
 PROBES = 5
-"""Answers that are looked at before the rest is asked."""
+"""Answers that are looked at before the rest is asked; so many rejections at first end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Pace:
     output_price: float | None = None
     """Dollars for a million tokens of thinking and answer."""
     max_dollars: float | None = None
-    """Stop before the store's answers cost more than this."""
+    """Stop before all answers, of earlier runs too, cost more than this."""
 
     def __post_init__(self) -> None:
         rules = [
@@ -106,7 +107,9 @@ class Meter:
     unanswered: int = 0
     """Requests of this run that ended without an answer; they may be billed all the same."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Question -> why every attempt failed."""
+    """Question -> why every attempt failed, or why the server rejects it."""
+    elsewhere: float = 0.0
+    """Dollars of other stores that count, too."""
 
     def add(self, record: dict[str, Any]) -> None:
         self.answered += not record["refused"]
@@ -118,7 +121,7 @@ class Meter:
 
     @property
     def dollars(self) -> float:
-        return self._price(self.prompt_tokens, self.output_tokens)
+        return self.elsewhere + self._price(self.prompt_tokens, self.output_tokens)
 
     def _price(self, prompt_tokens: int, output_tokens: int) -> float:
         prompt = prompt_tokens * (self.input_price or 0.0)
@@ -146,14 +149,21 @@ def ask_all(
     pace: Pace,
     console: Console,
     probe: Probe | None = None,
+    elsewhere: float = 0.0,
 ) -> Meter:
     """Asks what the store does not hold yet; every answer is in it before the next is asked.
 
+    Args:
+        elsewhere: dollars of other stores that count towards pace.max_dollars.
+
     Raises:
-        InputError: the key, model or request is wrong, the disk is full, the probe objects, or a
-            limit was reached. Everything answered until then is stored.
+        InputError: the key or model is wrong, the first questions are all rejected alike, the disk
+            is full, the probe objects, or a limit was reached. Everything answered until then is
+            stored.
     """
-    return asyncio.run(_Asking(teacher, tasks, store, pace, console).run(probe))
+    asking = _Asking(teacher, tasks, store, pace, console)
+    asking.meter.elsewhere = elsewhere
+    return asyncio.run(asking.run(probe))
 
 
 class _Asking:
@@ -162,6 +172,7 @@ class _Asking:
     ) -> None:
         self._teacher, self._store, self._pace, self._console = teacher, store, pace, console
         self._queue = deque(task for task in tasks if task.key not in store)
+        self._first = [task.key for task in self._queue][:PROBES]
         self._total = len(tasks)
         self.meter = Meter(pace.input_price, pace.output_price)
         for _, record in store.records():
@@ -252,6 +263,9 @@ class _Asking:
                 )
         except Unavailable as error:
             self._fail(task, str(error))
+        except Rejected as error:
+            self._fail(task, str(error))
+            self._stop_if_all_are_rejected()
         except TimeoutError:
             self._fail(task, f"not answered within {self._pace.question_seconds:g} s")
         except InputError as error:
@@ -324,6 +338,23 @@ class _Asking:
     def _fail(self, task: Task, reason: str) -> None:
         if self._stop is None:
             self.meter.failed[task.key] = reason
+
+    def _stop_if_all_are_rejected(self) -> None:
+        """The first questions all rejected alike: what is wrong is wrong for every question.
+
+        A store that holds an answer shows that its model can be asked.
+        """
+        reasons = [self.meter.failed.get(key, "") for key in self._first]
+        alike = {re.sub(r"\d+", "", reason) for reason in reasons}
+        if len(reasons) < PROBES or len(alike) > 1 or "" in alike:
+            return
+        if not self.meter.answered + self.meter.refused:
+            self._halt(
+                InputError(
+                    f"the first {PROBES} questions failed alike: {reasons[0]}; check --model and "
+                    "the sampling flags, or take these questions out"
+                )
+            )
 
     def _halt(self, error: InputError) -> None:
         self._stop = self._stop or error

@@ -339,11 +339,11 @@ def _raw(
             yield where, {"_config": "", **row}
         return
     for config, split in splits:
-        for number, row in enumerate(_stream(dataset, config, split), start=1):
+        for number, row in enumerate(_stream(name, dataset, config, split), start=1):
             yield f"{dataset} {config or ''} {split}: row {number}", {**row, "_config": config}
 
 
-def _stream(dataset: str, config: str | None, split: str) -> Iterator[Row]:
+def _stream(name: str, dataset: str, config: str | None, split: str) -> Iterator[Row]:
     try:
         from datasets import load_dataset
     except ImportError:
@@ -353,8 +353,8 @@ def _stream(dataset: str, config: str | None, split: str) -> Iterator[Row]:
     except Exception as error:  # the hub's, the network's and the formats' errors are many
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{dataset}: Hugging Face did not deliver it: {reason}; run again to go on, or give "
-            "the files with --local"
+            f"{name} ({dataset}): Hugging Face did not deliver it: {reason}; run again to go on, "
+            "or give the files with --local"
         ) from None
 
 

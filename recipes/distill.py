@@ -22,6 +22,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from s1fast.errors import InputError
+from s1fast.files import write_atomic
 from s1fast.recipes.asking import Meter, Pace, Task, ask_all
 from s1fast.recipes.questions import Questions, read_questions, write_rows, write_skipped
 from s1fast.recipes.store import Store
@@ -131,13 +132,17 @@ def export(questions: Questions, store: Store) -> list[dict[str, Any]]:
 def _report(
     meter: Meter, store: Store, total: int, skipped: str, config: DistillConfig, console: Console
 ) -> None:
+    path = store.path.with_suffix(".failed.txt")
+    path.unlink(missing_ok=True)  # of an earlier run
+    if meter.failed:
+        write_atomic(path, "".join(f"{key}: {why}\n" for key, why in meter.failed.items()))
     for key, reason in list(meter.failed.items())[:5]:
         console.print(f"  failed: {key}: {reason}", highlight=False, markup=False)
     line = f"{meter.line(total, config.pace.max_dollars)}; {skipped}"
     if store.abandoned:
         line += f"; {store.abandoned} requests were under way when a run was killed"
     if meter.failed:
-        line += "; run again to ask the failed ones"
+        line += f"; the failed ones are listed in {path}, run again to ask them"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -16,7 +16,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from s1fast.chat import load_tokenizer
 from s1fast.errors import InputError
 from s1fast.files import parse_json, read_bytes
 from s1fast.hub import find
-from s1fast.recipes.asking import Pace, Task, ask_all
+from s1fast.recipes.asking import Meter, Pace, Task, ask_all
 from s1fast.recipes.questions import (
     Row,
     question_hash,
@@ -35,7 +35,7 @@ from s1fast.recipes.questions import (
     write_rows,
     write_skipped,
 )
-from s1fast.recipes.store import Store
+from s1fast.recipes.store import Store, peek
 from s1fast.recipes.teachers import OurEngine, Sampling, Teacher, make_teacher
 
 GRADER = (
@@ -156,10 +156,27 @@ def _replies(
     teacher = teacher_of(spec, sampling or config.solving, f"--{step.split('-')[0]}")
     console.print(f"{step}: {spec}", highlight=False)
     with Store(config.work / f"{step}.sqlite", {"step": step, **teacher.identity}) as store:
-        meter = ask_all(teacher, tasks, store, config.pace, console)
-        console.print(meter.line(len(tasks), config.pace.max_dollars), highlight=False)
+        pace = config.pace
+        if teacher.identity["teacher"] == "engine":  # costs nothing
+            pace = replace(pace, input_price=None, output_price=None, max_dollars=None)
+        elsewhere = _spent(config, store.path)
+        meter = ask_all(teacher, tasks, store, pace, console, elsewhere=elsewhere)
+        console.print(meter.line(len(tasks), pace.max_dollars), highlight=False)
+        for key, reason in list(meter.failed.items())[:5]:
+            console.print(f"  failed: {key}: {reason}", highlight=False, markup=False)
         found = {task.key: store.get(task.key) for task in tasks}
     return {key: r["answer"] for key, r in found.items() if r is not None and not r["refused"]}
+
+
+def _spent(config: FeatureConfig, current: Path) -> float:
+    """Dollars of the other steps' answers: --max-dollars is for all steps together."""
+    meter = Meter(config.pace.input_price, config.pace.output_price)
+    for path in sorted(config.work.glob("*.sqlite")):
+        identity, records = peek(path) if path != current else ({}, [])
+        if identity.get("teacher") != "engine":
+            for record in records:
+                meter.add(record)
+    return meter.dollars
 
 
 def _grade(
@@ -258,6 +275,9 @@ def main() -> None:
     parser.add_argument("--subjects", type=Path, required=True)
     parser.add_argument("--grader", default="", metavar="TEACHER")
     parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--input-price", type=float, help="dollars a million prompt tokens")
+    parser.add_argument("--output-price", type=float, help="dollars a million other tokens")
+    parser.add_argument("--max-dollars", type=float, help="for all steps together")
     given: Any = parser.parse_args()
     try:
         config = FeatureConfig(
@@ -267,7 +287,12 @@ def main() -> None:
             classifier=given.classifier,
             subjects=given.subjects,
             grader=given.grader,
-            pace=Pace(concurrency=given.concurrency),
+            pace=Pace(
+                concurrency=given.concurrency,
+                input_price=given.input_price,
+                output_price=given.output_price,
+                max_dollars=given.max_dollars,
+            ),
         )
         featurise(given.sources, given.target, config, Console())
     except InputError as error:

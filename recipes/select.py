@@ -29,6 +29,8 @@ AIME, GPQA = "qq8933/AIME_1983_2024", "Idavidrein/gpqa"
 MATH = ("simplescaling/openaimath", "qfq/openaimath")
 LONG_MATH = 5600
 """Thinking tokens above which a correctly solved MATH question is always taken."""
+CUT = {"MAX_TOKENS", "length"}
+"""Finish reasons of an answer that the token limit cut: Gemini's; OpenAI's and our engine's."""
 NOTEBOOK_UNIFORM = 700
 """Chosen questions up to which the notebook, too, draws subjects uniformly."""
 
@@ -65,10 +67,12 @@ def curate(sources: Sequence[Path], output: Path, config: CurateConfig, console:
         raise InputError(f"--notebook: says how s1's set is drawn, not {config.subset}")
     questions = read_questions(sources, check_features)
     chosen, counts = select(questions.rows, config)
+    faults = {r["question_hash"]: fault for r in questions.rows if (fault := trace_fault(r))}
+    left_out = questions.skipped + [f"{key}: {fault}" for key, fault in faults.items()]
     counts = {"pool": len(questions.rows) + len(questions.skipped), **counts}
-    write_report(
-        output, chosen, questions.rows, counts, questions.skipped, vars(config), config.format
-    )
+    write_report(output, chosen, questions.rows, counts, left_out, vars(config), config.format)
+    for fault, count in Counter(faults.values()).items():
+        console.print(f"left out: {count:,} {fault}", highlight=False)
     for step, count in counts.items():
         paper = f"{PAPER[step]:>8,}" if step in PAPER else "       -"
         console.print(f"{step:<14}{count:>8,}   paper{paper}", highlight=False)
@@ -97,7 +101,7 @@ def select(rows: Sequence[Row], config: CurateConfig) -> tuple[list[Row], dict[s
         InputError: fewer rows are left than --size asks for.
     """
     rng = random.Random(config.seed)
-    traced = [row for row in rows if row.get("thinking") and row.get("answer")]
+    traced = [row for row in rows if not trace_fault(row)]
     whole = [row for row in traced if _is_whole(row)]
     quality = [row for row in whole if not bad_format(row)]
     counts = {"featurised": len(whole), "quality": len(quality)}
@@ -122,7 +126,18 @@ def select(rows: Sequence[Row], config: CurateConfig) -> tuple[list[Row], dict[s
 
 def _is_whole(row: Row) -> bool:
     needed = ("teacher_correct", "solver_correct_0", "solver_correct_1", "length", "subject")
-    return not row.get("refused") and all(row.get(name) is not None for name in needed)
+    return all(row.get(name) is not None for name in needed)
+
+
+def trace_fault(row: Row) -> str:
+    """Why a row's trace cannot be trained on, or nothing."""
+    if row.get("refused"):
+        return "refused"
+    if row.get("finish_reason") in CUT:
+        return "cut by the token limit"
+    if not str(row.get("answer") or "").strip():
+        return "without an answer"
+    return "" if str(row.get("thinking") or "").strip() else "without thinking"
 
 
 def bad_format(row: Row) -> bool:

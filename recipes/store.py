@@ -187,4 +187,19 @@ class Store:
             raise InputError(f"{self.path}: {error.strerror or error}; {_REMEDY}") from None
 
 
+def peek(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A store's identity and records, read beside whoever uses it.
+
+    Raises:
+        InputError: the file is no store.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            rows = db.execute("SELECT value FROM meta WHERE name='identity'").fetchall()
+            records = [json.loads(value) for (value,) in db.execute("SELECT value FROM records")]
+    except sqlite3.Error as error:
+        raise InputError(f"{path}: {error}; choose another folder") from None
+    return (json.loads(rows[0][0]) if rows else {}), records
+
+
 _REMEDY = "what was stored is kept: free space or choose another file, and run again"

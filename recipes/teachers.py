@@ -4,7 +4,8 @@ A teacher has `identity`, which its answers are stored under, and `ask`, one att
 retry. What an attempt may end in besides a Reply:
 
     Unavailable   worth another attempt: a limit, a server's error, a broken or late answer
-    InputError    no attempt can work: the key, the model or the request is wrong
+    Rejected      this question cannot be asked so, as when it is too long; others may be
+    InputError    no attempt can work: the key or the model is wrong
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ class Unavailable(Exception):
         self.retry_after_s = retry_after_s
 
 
+class Rejected(Exception):
+    """The server takes this question for invalid; another attempt would end alike."""
+
+
 class Teacher(Protocol):
     identity: dict[str, Any]
 
     async def ask(self, question: str, system: str = "") -> Reply:
-        """One attempt to answer. Raises Unavailable or InputError."""
+        """One attempt to answer. Raises Unavailable, Rejected or InputError."""
 
     async def aclose(self) -> None:
         """Closes its connections."""
@@ -95,15 +100,15 @@ def _key(*names: str) -> str:
 
 
 def _fail(code: int, message: str, model: str, key: str, headers: Any) -> Exception:
-    """What an HTTP error means for the question: another attempt, or the end of the run."""
+    """What an HTTP error means: another attempt, the end of the question, or of the run."""
     message = " ".join(message.replace(key, "***").split())[:300]
     if code in (408, 409, 425, 429) or code >= 500:
         return Unavailable(f"HTTP {code}: {message}", _retry_after(headers))
-    if code in (401, 403) or "api key" in message.lower():
+    if code in (401, 403) or re.search("api[ _]key", message, re.IGNORECASE):
         return InputError(f"the API key was refused (HTTP {code}): {message}")
     if code == 404:
         return InputError(f"--model {model!r}: unknown to the server (HTTP 404): {message}")
-    return InputError(f"--model {model!r}: the server rejects the request (HTTP {code}): {message}")
+    return Rejected(f"the server rejects the request (HTTP {code}): {message}")
 
 
 def _retry_after(headers: Any) -> float:

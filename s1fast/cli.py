@@ -111,14 +111,6 @@ class DemoConfig:
 def main() -> None:
     """Entry point: dispatches to a command and turns the user's mistakes into one line."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)
-        sys.exit(0 if arguments else 2)
-    if arguments[0] == "--version":
-        from s1fast import __version__
-
-        print(__version__)
-        return
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
         "export": _export,
@@ -128,8 +120,16 @@ def main() -> None:
         "distill": _distill,
         "curate": _curate,
     }
-    command = commands.get(arguments[0])
     try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(HELP, flush=True)  # a closed pipe shows here, not at the interpreter's end
+            sys.exit(0 if arguments else 2)
+        if arguments[0] == "--version":
+            from s1fast import __version__
+
+            print(__version__, flush=True)
+            return
+        command = commands.get(arguments[0])
         if command is None:
             raise InputError(f"no command {arguments[0]!r}; there are {', '.join(commands)}")
         command(arguments[1:])

@@ -100,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._error(400, "INVALID_ARGUMENT", "API key not valid.")
         if "/models/known:" not in self.path:
             return self._error(404, "NOT_FOUND", "no such model")
+        if question.startswith("Too long"):
+            return self._error(400, "INVALID_ARGUMENT", f"{len(question)} tokens are too many")
         first, second = hashlib.sha256(question.encode()).digest()[:2]
         if server.faults and turn == 0 and first % 3 == 0:
             return self._fault(FAULTS[second % len(FAULTS)], question)
@@ -124,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "500":
             self._error(500, "INTERNAL", "try again")
         elif fault == "slow":
-            time.sleep(1.5)  # beyond the client's limit, so nobody listens
+            time.sleep(3.0)  # beyond the client's limit in most tests; nothing is answered
             self.close_connection = True
         else:
             raw = json.dumps(answer(question, "raw")).encode()

@@ -96,6 +96,44 @@ def test_filters_and_mappings(tmp_path: Path) -> None:
     assert [r["question"] for r in convert(by_name["aime"], tmp_path)[0]] == ["2022"]
 
 
+STREAMED = {
+    "simplescaling/openaimath": {"problem": "P?", "solution": "s", "subject": "Algebra"},
+    "daman1209arora/jeebench": {"question": "J?", "gold": "A", "subject": "phy"},
+    "Idavidrein/gpqa": GPQA_ROW,
+    "baber/agieval": {"question": "B?", "options": ["(A)x"], "passage": "", "solution": None},
+}
+
+
+def test_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the hub: its arguments, a break in the middle, and going on after it."""
+    asked, broken = [], ["daman1209arora/jeebench"]
+
+    def load_dataset(dataset: str, config: Any, *, split: str, streaming: bool) -> Any:
+        asked.append((dataset, config, split, streaming))
+        if config == "gpqa_diamond":
+            yield {"Question": "Diamond?"}
+            return
+        yield STREAMED[dataset]
+        if dataset in broken:
+            raise ConnectionError("the network is gone")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    names = ("math", "jeebench", "agieval", "gpqa")
+    with pytest.raises(InputError, match=r"jeebench.*network is gone.*--local"):
+        collect(tmp_path, None, names, quiet())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["01-math.jsonl"]
+    broken.clear()
+    counts = collect(tmp_path, None, names, quiet())
+    assert counts == {"math": 1, "jeebench": 1, "agieval": 16, "gpqa": 1}
+    assert Counter(asked)["simplescaling/openaimath", None, "train", True] == 1
+    assert ("baber/agieval", "sat_en", "few_shot", True) in asked
+    assert asked[-2:] == [
+        ("Idavidrein/gpqa", name, "train", True) for name in ("gpqa_diamond", "gpqa_extended")
+    ]
+    kinds = [r["source_type"] for r in read(tmp_path / "09-agieval.jsonl")]
+    assert kinds[0] == "baber/agieval/sat_en"
+
+
 def test_a_finished_source_is_not_read_again(tmp_path: Path) -> None:
     local, pool = tmp_path / "local", tmp_path / "pool"
     write(local / "s1-prob.jsonl", [{"question": "Q?", "solution": "A"}])
@@ -257,6 +295,19 @@ def test_filters_by_hand() -> None:
         select(rows, CurateConfig(size=6))
 
 
+def test_cut_and_empty_answers_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [row(i) for i in range(3)] + [row(3, finish_reason="MAX_TOKENS")]
+    rows += [row(4, finish_reason="length"), row(5, answer="", finish_reason="STOP")]
+    console = quiet()
+    source = write(tmp_path / "f.jsonl", rows)
+    curate([source], tmp_path / "set", CurateConfig(size=3), console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "left out: 2 cut by the token limit" in said and "1 without an answer" in said
+    assert len((tmp_path / "set" / "skipped.txt").read_text().splitlines()) == 3
+    chosen, _ = select(rows, CurateConfig(subset="all"))
+    assert chosen == rows[:3]
+
+
 def test_ranks_halve() -> None:
     """Of three: 4/7, 2/7, 1/7; 5 standard deviations of 7,000 draws."""
     import random
@@ -394,6 +445,11 @@ def test_from_sources_to_training(
         dataclasses.replace(features, grader=teacher),
         quiet(),
     )
+    priced = dataclasses.replace(pace, input_price=1.0, output_price=1.0, max_dollars=1e-6)
+    with pytest.raises(InputError, match="--max-dollars 1e-06: reached"):  # by all four stores
+        new = write(tmp_path / "new.jsonl", [{"question": "New?", "solution": "1"}])
+        paid = dataclasses.replace(features, pace=priced)
+        featurise([new], tmp_path / "h.jsonl", paid, quiet())
     kinds = Counter(r["teacher_correct"] for r in read(graded))
     assert kinds[True] > 30 and kinds[False] > 30
     server.shutdown()

@@ -53,7 +53,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 def config(server: Any, **values: Any) -> DistillConfig:
     pace = {
         "concurrency": 16,
-        "request_seconds": 1.0,
+        "request_seconds": 2.0,
         "first_wait_seconds": 0.02,
         "longest_wait_seconds": 0.2,
         **PRICES,
@@ -113,13 +113,15 @@ def test_every_fault_and_each_paid_once(serve: Any, tmp_path: Path) -> None:
         assert b"right-key" not in file.read_bytes()
 
 
+# An answer that comes too late is paid for and asked again, which is no fault of a kill: the child's
+# patience is beyond what a busy machine takes.
 CHILD = """
 import sys
 from pathlib import Path
 from rich.console import Console
 from s1fast.recipes.asking import Pace
 from s1fast.recipes.distill import DistillConfig, distill
-pace = Pace(concurrency=8, request_seconds=1.0, first_wait_seconds=0.02, longest_wait_seconds=0.2)
+pace = Pace(concurrency=8, request_seconds=4.0, first_wait_seconds=0.02, longest_wait_seconds=0.2)
 config = DistillConfig(model="known", base_url=sys.argv[3], pace=pace)
 distill([Path(sys.argv[1])], Path(sys.argv[2]), config, Console(quiet=True))
 """
@@ -132,7 +134,7 @@ def test_kill_9_neither_loses_nor_repays(n: int, kills: int, serve: Any, tmp_pat
     source, path = write_questions(tmp_path / "q.jsonl", n), tmp_path / "s.sqlite"
     questions = {question_hash(r["question"]): r["question"] for r in read_questions([source]).rows}
     command = [sys.executable, "-c", CHILD, str(source), str(path), server.url]
-    lost = 0
+    lost, torn = 0, dict.fromkeys(questions, 0)
     for kill in range(kills):
         child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         enough = n * (kill + 1) // (kills + 2)  # some progress each time
@@ -152,6 +154,10 @@ def test_kill_9_neither_loses_nor_repays(n: int, kills: int, serve: Any, tmp_pat
         frozen = {key: server.seen[questions[key]] for key in kept}
         unstored = [q for k, q in questions.items() if k not in kept and server.paid[q]]
         assert {question_hash(q) for q in unstored} <= under_way and len(under_way) <= 8
+        for key, question in questions.items():
+            new = server.paid[question] - (key in kept) - torn[key]
+            assert new == 0 or (new == 1 and key in under_way)
+            torn[key] += new
         lost = server.paid.total() - len(kept)
         if kill + 1 < kills:
             continue
@@ -159,6 +165,62 @@ def test_kill_9_neither_loses_nor_repays(n: int, kills: int, serve: Any, tmp_pat
         assert all(server.seen[questions[key]] == count for key, count in frozen.items())
     assert set(stored(path)) == set(questions)
     assert server.paid.total() == n + lost  # nothing but what kills tore off was paid twice
+    console = quiet()
+    distill([source], path, config(server), console)
+    prompt, output = billed(path)  # the meter is the sum over the stored answers
+    assert f"${(2.0 * prompt + 10.0 * output) / 1e6:.4f}" in console.file.getvalue()  # type: ignore[attr-defined]
+    beyond = [0, 0]  # and the server's total exceeds it by the answers in flight at a kill
+    for key, question in questions.items():
+        usage = fake.answer(question, "raw")["usageMetadata"]
+        beyond[0] += torn[key] * usage["promptTokenCount"]
+        counted = usage.get("thoughtsTokenCount", 0) + usage.get("candidatesTokenCount", 0)
+        beyond[1] += torn[key] * counted
+    assert [server.tokens[0] - prompt, server.tokens[1] - output] == beyond
+    with Store(
+        path, {"step": "distill", "teacher": "gemini", "model": "known", "base_url": server.url}
+    ) as s:
+        assert sum(torn.values()) == lost <= s.abandoned <= 8 * kills
+
+
+def test_a_rejected_question_does_not_stop_the_others(serve: Any, tmp_path: Path) -> None:
+    server = serve(faults=False)
+    source, path = write_questions(tmp_path / "q.jsonl", 20), tmp_path / "s.sqlite"
+    long = "".join(json.dumps({"question": f"Too long {i}"}) + "\n" for i in range(7))
+    source.write_text(source.read_text() + long)
+    console = quiet()
+    for _ in range(2):  # seven first questions rejected, but the store shows that the model works
+        distill([source], path, config(server), console)
+        listed = path.with_suffix(".failed.txt").read_text().splitlines()
+        assert len(listed) == 7 and all("HTTP 400" in x and "too many" in x for x in listed)
+    assert "7 failed" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(server.paid) == 20 and set(server.paid.values()) == {1}
+    assert {n for q, n in server.seen.items() if q.startswith("Too long")} == {2}  # once a run
+
+
+def test_five_alike_rejections_stop(serve: Any, tmp_path: Path) -> None:
+    server, source = serve(faults=False), tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps({"question": f"Too long {i}"}) + "\n" for i in range(40)))
+    with pytest.raises(InputError, match=r"first 5 questions failed alike.*HTTP 400.*--model"):
+        distill([source], tmp_path / "s.sqlite", config(server), quiet())
+    assert server.seen.total() == 5
+
+
+def test_help_into_a_closed_pipe_and_a_bad_flag() -> None:
+    code = "from s1fast.cli import main; main()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], stdout=writer, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writer)
+    assert done.stderr == b""
+    flags = ["distill", "q.jsonl", "s.sqlite", "--model", "m", "--concurrency"]
+    for value in ("0", "many"):
+        bad = subprocess.run(
+            [sys.executable, "-c", code, *flags, value], capture_output=True, text=True, timeout=60
+        )
+        (line,) = bad.stderr.splitlines()
+        assert bad.returncode == 2 and "--concurrency" in line and not set("│─╭") & set(line)
 
 
 @pytest.mark.parametrize("thoughts", ["none", "summary"])

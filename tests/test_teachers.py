@@ -14,7 +14,14 @@ import pytest
 
 from s1fast.errors import InputError
 from s1fast.recipes.features import teacher_of
-from s1fast.recipes.teachers import OurEngine, Reply, Sampling, Unavailable, make_teacher
+from s1fast.recipes.teachers import (
+    OurEngine,
+    Rejected,
+    Reply,
+    Sampling,
+    Unavailable,
+    make_teacher,
+)
 
 pytest.importorskip("openai", reason="no openai; unproven: OpenAI-compatible teachers")
 
@@ -90,8 +97,9 @@ def test_errors(ask: Ask) -> None:
     with pytest.raises(Unavailable, match="HTTP 429") as limited:
         ask(429, {"error": {"message": "slow down"}})
     assert limited.value.retry_after_s == 7
-    for code, naming in ((401, "key was refused"), (404, "unknown"), (400, "rejects")):
-        with pytest.raises(InputError, match=naming) as refused:
+    kinds = ((401, InputError, "key was refused"), (404, InputError, "unknown"))
+    for code, kind, naming in (*kinds, (400, Rejected, "rejects"), (413, Rejected, "rejects")):
+        with pytest.raises(kind, match=naming) as refused:
             ask(code, {"error": {"message": "bad sk-secret"}})
         assert "sk-secret" not in str(refused.value)
 

@@ -113,8 +113,8 @@ def test_every_fault_and_each_paid_once(serve: Any, tmp_path: Path) -> None:
         assert b"right-key" not in file.read_bytes()
 
 
-# An answer that comes too late is paid for and asked again, which is no fault of a kill: the child's
-# patience is beyond what a busy machine takes.
+# An answer that comes too late is paid for and asked again, which is no fault of a kill: the
+# child's patience is beyond what a busy machine takes.
 CHILD = """
 import sys
 from pathlib import Path

@@ -9,8 +9,9 @@ not read again, so an interrupted collection goes on with the source it was at. 
 the files as s1 compared them with each other; decontamination takes the folder as it is.
 
 Where this departs from s1's collect_data.py: the questions that it kept by hand from NuminaMath,
-SciEval and the crosswords are not listed here, and GPQA's choices are shuffled by a seed of the
-question's hash instead of the row's place, so that no filter before it changes them.
+SciEval and the crosswords are not listed here, the crosswords' instruction has another wording, and
+GPQA's choices are shuffled by a seed of the question's hash instead of the row's place, so that no
+filter before it changes them.
 """
 
 from __future__ import annotations
@@ -76,10 +77,7 @@ def _scieval(row: Row) -> str:
     return text
 
 
-CROSSWORD = (
-    "Solve the crossword puzzle. You are presented with a clue as input and the number of letters "
-    "in brackets.\n\n"
-)
+CROSSWORD = "Find the word of a crossword. Its clue ends with its number of letters in brackets.\n\n"
 
 
 def _choices(row: Row) -> tuple[str, str]:

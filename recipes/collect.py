@@ -77,7 +77,7 @@ def _scieval(row: Row) -> str:
     return text
 
 
-CROSSWORD = "Find the word of a crossword. Its clue ends with its number of letters in brackets.\n\n"
+CROSSWORD = "Find the word of a crossword. Its clue ends with its number of letters.\n\n"
 
 
 def _choices(row: Row) -> tuple[str, str]:

@@ -48,8 +48,9 @@ gpu:
 	$(PYTHON) -m pytest -q -W default -m gpu --durations=20
 	$(MAKE) bench
 
+# By the environment that make test set up, where it did; else by the Python that is there.
 bench:
-	$(PYTHON) -m s1fast.bench.kernels
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m s1fast.bench.kernels
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from s1fast.bench.op import Forward, MissingError, Op, Problem, Provider
-from s1fast.kernels.linear_cross_entropy import linear_cross_entropy
+from s1fast.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
 
-IGNORE = -100
 CHUNK_ROWS = 1024
 
 

@@ -178,7 +178,12 @@ def _check(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, cu_seqlens: Tensor) -> N
 
 def _checked_bounds(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> tuple[int, ...]:
     """The boundaries, which are data: a compiled graph looks at them when it runs."""
-    bounds = tuple(cu_seqlens.tolist())
+    return _checked(tuple(cu_seqlens.tolist()), max_seqlen, num_tokens)
+
+
+@lru_cache(maxsize=16)
+def _checked(bounds: tuple[int, ...], max_seqlen: int, num_tokens: int) -> tuple[int, ...]:
+    """Once for a batch, whose every layer asks."""
     lengths = [stop - start for start, stop in pairwise(bounds)]
     if not bounds or bounds[0] != 0 or min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens must start at 0 and never fall, got {list(bounds)}")
@@ -311,9 +316,10 @@ def _reference(
     return torch.cat(outs)
 
 
+@lru_cache(maxsize=16)
 def _on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    host = torch.tensor(bounds, dtype=torch.int32).pin_memory()
-    return host.to(device, non_blocking=True)
+    """(B + 1,) int32, copied once for a batch."""
+    return kernels.without_waiting(torch.tensor(bounds, dtype=torch.int32), device)
 
 
 def _torch_varlen(

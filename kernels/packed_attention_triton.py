@@ -292,10 +292,14 @@ def tiles(bounds: tuple[int, ...], rows: int, growing: bool, device: torch.devic
         for row in range(0, stop - start, rows)
     ]
     found.sort(key=lambda tile: -tile[2] if growing else tile[2] - tile[1])
-    table = torch.tensor(found, dtype=torch.int32).reshape(-1, 3)
+    return without_waiting(torch.tensor(found, dtype=torch.int32).reshape(-1, 3), device)
+
+
+def without_waiting(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, for which the host does not wait."""
     if device.type == "cuda":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s1fast.kernels import packed_attention as attention
 from s1fast.kernels.packed_attention import packed_attention
 from s1fast.kernels.rms_norm import rms_norm
 from s1fast.kernels.rope import rope
@@ -156,6 +159,72 @@ def test_attention_refuses_boundaries_on_a_device() -> None:
     q = torch.zeros(9, 4, 8)
     with pytest.raises(ValueError, match="cu_seqlens is on meta"):
         packed_attention(q, q, q, torch.zeros(2, dtype=torch.int32, device="meta"), 9)
+
+
+BOUNDS = (0, 5, 5, 11)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("installed", ["flash_attn.cute", "flash_attn_interface", "flash_attn"])
+def test_flash_is_asked_what_we_were(
+    installed: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in of the signature that all three versions share; the newest that is there is taken,
+    what it returns beside the output is dropped, gradients flow through it."""
+    asked: dict[str, object] = {}
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tensor, None]:
+        asked.update(options)
+        return attention._reference(q, k, v, BOUNDS, causal, 0.3), None
+
+    stand_in = types.ModuleType(installed)
+    stand_in.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, installed, stand_in)
+    there = attention._FLASH[attention._FLASH.index(installed) :]  # and all the older ones
+    monkeypatch.setattr(attention, "_found", lambda module: module in there)
+    attention._flash_module.cache_clear()
+    q, k, v = (random(11, n, 8, seed=n).requires_grad_() for n in (4, 2, 2))
+    boundaries = torch.tensor(BOUNDS, dtype=torch.int32)
+    out = attention._flash(q, k, v, boundaries, 6, causal, 0.3)
+    attention._flash_module.cache_clear()
+    assert torch.equal(out, attention._reference(q, k, v, BOUNDS, causal, 0.3))
+    out.sum().backward()
+    assert all(x.grad is not None for x in (q, k, v))
+    assert asked.pop("cu_seqlens_q") is boundaries and asked.pop("cu_seqlens_k") is boundaries
+    longest = {"max_seqlen_q": 6, "max_seqlen_k": 6}
+    assert asked == {**longest, "causal": causal, "softmax_scale": 0.3}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_torchs_varlen_is_asked_what_we_were(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that takes ungrouped heads, as torch 2.11's does."""
+    from torch.nn.attention import varlen
+
+    asked: list[object] = []
+
+    def varlen_attn(
+        q: Tensor, k: Tensor, v: Tensor, *boundaries: object, **options: object
+    ) -> Tensor:
+        asked.extend((*boundaries, options))
+        assert q.shape == k.shape == v.shape
+        return attention._reference(q, k, v, BOUNDS, causal, 0.3)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    q, k, v = (random(11, n, 8, seed=n) for n in (4, 2, 2))
+    boundaries = torch.tensor(BOUNDS, dtype=torch.int32)
+    out = attention._torch_varlen(q, k, v, boundaries, 6, causal, 0.3)
+    assert torch.equal(out, attention._reference(q, k, v, BOUNDS, causal, 0.3))
+    assert asked[0] is boundaries and asked[1] is boundaries and asked[2:4] == [6, 6]
+    assert asked[4] == {"scale": 0.3, "window_size": (-1, 0 if causal else -1)}
+
+
+def test_boundaries_are_copied_once_for_a_batch() -> None:
+    """However many layers ask; another batch gets its own."""
+    device = torch.device("cpu")
+    first = attention._on_device(BOUNDS, device)
+    assert first.dtype == torch.int32 and first.tolist() == list(BOUNDS)
+    assert attention._on_device(tuple(BOUNDS), device) is first
+    assert attention._on_device((0, 11), device).tolist() == [0, 11]
 
 
 # -- rms_norm, rope, swiglu --------------------------------------------------------------------

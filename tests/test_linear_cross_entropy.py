@@ -19,6 +19,7 @@ from torch import Tensor
 from s1fast.kernels import linear_cross_entropy as lce
 from s1fast.kernels import softmax_gradient as rows
 from s1fast.kernels.linear_cross_entropy import linear_cross_entropy
+from tolerances import check_against_eager
 
 ON_GPU = torch.cuda.is_available()
 PATHS = ["reference", pytest.param("triton", marks=[pytest.mark.gpu] if ON_GPU else [])]
@@ -106,12 +107,16 @@ class Problem:
         assert hidden_TD.grad is not None and weight_VD.grad is not None
         return loss.detach(), hidden_TD.grad, weight_VD.grad
 
-    def exact(self, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by float64 autograd, all logits held."""
+    def exact(
+        self, scale: float = 1.0, dtype: torch.dtype = torch.float64
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by torch's autograd, in float64 unless asked otherwise, all logits held."""
         hidden_TD, weight_VD = (
-            x.double().clone().requires_grad_() for x in (self.hidden_TD, self.weight_VD)
+            x.to(dtype).clone().requires_grad_() for x in (self.hidden_TD, self.weight_VD)
         )
-        nll_T = F.cross_entropy(hidden_TD @ weight_VD.T, self.label_T, reduction="none")
+        logits_TV = hidden_TD @ weight_VD.T
+        wide_TV = logits_TV.to(torch.promote_types(dtype, torch.float32))
+        nll_T = F.cross_entropy(wide_TV, self.label_T, reduction="none")
         loss = (nll_T * self.loss_weight_T).sum()
         (loss * scale).backward()
         assert hidden_TD.grad is not None and weight_VD.grad is not None
@@ -146,6 +151,16 @@ def test_is_float64s(
     for a, b in zip(found, wanted, strict=True):
         assert gap(a, b) <= TOLERANCE[dtype]
     assert found[1].dtype == found[2].dtype == dtype
+
+
+@pytest.mark.parametrize("labelled", [20, 37], ids=["masked", "unmasked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_errors_are_eagers(device: str, dtype: torch.dtype, labelled: int) -> None:
+    """Element by element no further from float64 than twice torch's own in the same dtype."""
+    problem = Problem(dtype=dtype, labelled=labelled, vocab=1100, device=device)
+    results = problem.ours(), problem.exact(), problem.exact(dtype=dtype)
+    for name, found, exact, eager in zip(("loss", "dhidden", "dweight"), *results, strict=True):
+        check_against_eager(found, exact, eager, name)
 
 
 @pytest.mark.parametrize("labelled", [20, 37], ids=["masked", "unmasked"])

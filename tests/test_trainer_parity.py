@@ -188,7 +188,7 @@ def small_model(make_model: Callable[..., Path], model_type: str = "qwen2") -> P
     )
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a machine with a GPU trains there: test_gpu.py")
+@pytest.mark.skipif(not INTERPRETED, reason="with a GPU, kernels take no CPU tensors")
 def test_attention_is_the_recipes(
     make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ class Snapshot:
         """Copies a tensor, all its rows, into target.
 
         Raises:
-            InputError: no such tensor, or one of another shape.
+            InputError: no such tensor, or one of another shape or dtype.
         """
         entry = self.tensors.get(name)
         if entry is None or entry["shape"] != list(target.shape):
@@ -59,7 +59,10 @@ class Snapshot:
         for shard in entry["shards"]:
             path = self.folder / shard["file"]
             with safe_open(path, framework="pt") as file, torch.no_grad():
-                target[shard["start"] : shard["stop"]].copy_(file.get_tensor(name))
+                rows = file.get_tensor(name)
+                if rows.dtype != target.dtype:
+                    raise InputError(f"{path}: {name} is {rows.dtype}, expected {target.dtype}")
+                target[shard["start"] : shard["stop"]].copy_(rows)
 
 
 def save(

@@ -33,11 +33,9 @@ from s1fast.kernels.packed_attention import (
 )
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
 from s1fast.model import Model
-from s1fast.optimizer import clip_gradients, learning_rate, make_adamw, set_learning_rate
+from s1fast.optimizer import AdamW, learning_rate, learning_rates
 from s1fast.packing import PackedBatch, label_counts, pack_batch, step_indices, steps_per_epoch
 from s1fast.rows import load_examples
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,12 @@ class Trainer:
         self, config: TrainConfig, model: Model, examples: list[Example], device: torch.device
     ) -> None:
         self.config, self.model, self.examples, self.device = config, model, examples, device
-        self.optimizer = make_adamw(model, config.optim)
+        self.optimizer = AdamW(model.named_parameters(), config.optim)
         self.attention = _attention(config, device, model.compute_dtype, model.config.head_dim)
         self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
         total = self.steps_per_epoch * config.epochs
         self.num_steps = min(total, config.max_steps) if config.max_steps else total
+        self.learning_rates = learning_rates(self.num_steps, config.optim, device)
 
     def batch(self, step: int) -> list[Example]:
         """The sequences of optimizer step 0, 1, ..."""
@@ -71,16 +70,14 @@ class Trainer:
     def step(self, step: int) -> StepResult:
         """Trains on one batch and updates the weights."""
         c = self.config
-        set_learning_rate(self.optimizer, learning_rate(step, self.num_steps, c.optim))
         loss = torch.zeros((), device=self.device)
         bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
         for stream in pack_batch(self.batch(step), c.data.loss_weight, c.microbatch_tokens):
             partial = stream_loss(self.model, stream.to(self.device), bad_labels, self.attention)
             partial.backward()
             loss += partial.detach()
-        grad_norm = clip_gradients(self.model, c.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        grad_norm = self.optimizer.step(self.learning_rates[step], c.optim.clip_norm)
+        self.optimizer.zero_grad()
         return StepResult(loss, grad_norm, bad_labels)
 
     # -- resumable state --------------------------------------------------------------------
@@ -90,19 +87,15 @@ class Trainer:
         named = {}
         for name, parameter in self.model.named_parameters():
             named[f"param/{name}"] = parameter.data
-            state = self.optimizer.state[parameter]
-            for moment in _MOMENTS:
-                if moment not in state:
-                    state[moment] = torch.zeros_like(parameter)
-                named[f"{moment}/{name}"] = state[moment]
+            named[f"exp_avg/{name}"] = self.optimizer.exp_avg[name]
+            named[f"exp_avg_sq/{name}"] = self.optimizer.exp_avg_sq[name]
         return named
 
     def restore(self, saved: snapshot.Snapshot) -> None:
         """Takes weights, moments and step count from a snapshot."""
         for name, target in self.tensors().items():
             saved.read(name, target)
-        for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(float(saved.step), device=self.device)
+        self.optimizer.steps = saved.step
 
     def facts(self) -> dict[str, object]:
         """What a resuming run must have in common with the saved one, beyond its recipe."""

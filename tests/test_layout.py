@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": {"chat"},
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels"},
-    "optimizer": {"config"},
+    "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model"},
     "kv_cache": {"kernels", "model"},

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from s1fast.kernels import rms_norm, swiglu
-from s1fast.kernels.linear import cast, wide
+from s1fast.kernels.arguments import wide
+from s1fast.kernels.linear import cast
 
 
 def feed_forward(
@@ -71,7 +72,7 @@ def _op(
 def _(hidden_TD, norm_D, gate_up_FD, down_DF, eps, recompute_gate_up):
     num_tokens = hidden_TD.shape[0]
     kept = (0,) if recompute_gate_up else (num_tokens, gate_up_FD.shape[0])
-    rstd_T = hidden_TD.new_empty(num_tokens, dtype=wide(hidden_TD))
+    rstd_T = hidden_TD.new_empty(num_tokens, dtype=wide(hidden_TD.dtype))
     return torch.empty_like(hidden_TD), rstd_T, hidden_TD.new_empty(kept)
 
 
@@ -120,8 +121,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout_TD, *_):
     if dout_TD is None:
         return (None,) * 6
-    flags = (ctx.recompute_gate_up,)
-    gradients = torch.ops.s1fast.feed_forward_backward(dout_TD, *ctx.saved_tensors, *flags)
+    gradients = torch.ops.s1fast.feed_forward_backward(
+        dout_TD.contiguous(), *ctx.saved_tensors, ctx.recompute_gate_up
+    )
     return *gradients, None, None
 
 

@@ -29,11 +29,6 @@ def cast(weight: Tensor, x: Tensor) -> Tensor:
     return weight.to(x.dtype)
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """What sums and statistics of x are held in: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 @torch.library.custom_op("s1fast::linear_residual", mutates_args=())
 def _op(x_TF: Tensor, weight_DF: Tensor, residual_TD: Tensor) -> Tensor:
     return torch.addmm(residual_TD, x_TF, cast(weight_DF, x_TF).T)

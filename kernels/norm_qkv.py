@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from s1fast.kernels import rms_norm, rope
-from s1fast.kernels.linear import cast, wide
+from s1fast.kernels.arguments import wide
+from s1fast.kernels.linear import cast
 
 
 def norm_qkv(
@@ -71,7 +72,7 @@ class _NormQKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dhidden_TD, dq_THK, dk_TNK, dv_TNK):
         dhidden_TD, dnorm_D, dweight_QD, dbias_Q = torch.ops.s1fast.norm_qkv_backward(
-            dhidden_TD, dq_THK, dk_TNK, dv_TNK, *ctx.saved_tensors
+            dhidden_TD.contiguous(), dq_THK, dk_TNK, dv_TNK, *ctx.saved_tensors
         )
         dbias_Q = None if ctx.bias_dtype is None else dbias_Q.to(ctx.bias_dtype)
         return dhidden_TD, dnorm_D, dweight_QD, dbias_Q, None, None, None, None, None
@@ -103,7 +104,7 @@ def _op(
 def _(hidden_TD, norm_D, weight_QD, bias_Q, cos_TR, sin_TR, eps, num_heads, num_kv_heads):
     width = weight_QD.shape[0] // (num_heads + 2 * num_kv_heads)
     sizes = [(hidden_TD.shape[0], n, width) for n in (num_heads, num_kv_heads, num_kv_heads)]
-    rstd_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=wide(hidden_TD))
+    rstd_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=wide(hidden_TD.dtype))
     return *(hidden_TD.new_empty(size) for size in sizes), rstd_T
 
 

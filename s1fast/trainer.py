@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -32,9 +34,16 @@ from s1fast.kernels.packed_attention import (
     packed_attention,
 )
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
-from s1fast.model import Model
+from s1fast.model import Model, Recompute
 from s1fast.optimizer import AdamW, learning_rate, learning_rates
-from s1fast.packing import PackedBatch, label_counts, pack_batch, step_indices, steps_per_epoch
+from s1fast.packing import (
+    PackedBatch,
+    label_counts,
+    pack,
+    pack_batch,
+    step_indices,
+    steps_per_epoch,
+)
 from s1fast.rows import load_examples
 
 
@@ -61,6 +70,8 @@ class Trainer:
         total = self.steps_per_epoch * config.epochs
         self.num_steps = min(total, config.max_steps) if config.max_steps else total
         self.learning_rates = learning_rates(self.num_steps, config.optim, device)
+        if config.compile:
+            self._compile()
 
     def batch(self, step: int) -> list[Example]:
         """The sequences of optimizer step 0, 1, ..."""
@@ -79,6 +90,21 @@ class Trainer:
         grad_norm = self.optimizer.step(self.learning_rates[step], c.optim.clip_norm)
         self.optimizer.zero_grad()
         return StepResult(loss, grad_norm, bad_labels)
+
+    def _compile(self) -> None:
+        """Compiles the layers and builds every graph that a step may need, before the first one."""
+        if self.attention != "triton":
+            raise InputError(
+                f"compile: attention {self.attention!r} cannot be compiled with the layer; choose "
+                "'triton', or leave compile away"
+            )
+        self.model.compile_layers()
+        token = Example(ids=(0, 0), labelled=(False, True), where="warm-up")
+        stream = pack([token, token], [0.0, 0.0]).to(self.device)
+        for what in get_args(Recompute):
+            policy = [what] * len(self.model.layers)
+            stream_loss(self.model, stream, None, self.attention, policy).backward()
+        self.optimizer.zero_grad()
 
     # -- resumable state --------------------------------------------------------------------
 
@@ -111,15 +137,18 @@ def stream_loss(
     stream: PackedBatch,
     bad_labels: Tensor | None = None,
     attention: Backend | None = None,
+    recompute: Sequence[Recompute] | None = None,
 ) -> Tensor:
     """Weighted loss of one packed stream; bad_labels as in linear_cross_entropy, attention as the
-    backend of packed_attention."""
+    backend of packed_attention, recompute as in Model."""
+    if model.compiled:
+        torch._dynamo.mark_dynamic(stream.cu_seqlens, 0)
 
     def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
         boundaries = (stream.cu_seqlens, stream.max_seqlen)
         return packed_attention(q_THK, k_TNK, v_TNK, *boundaries, backend=attention)
 
-    hidden_TD = model(stream.ids_T, stream.positions_T, attend)
+    hidden_TD = model(stream.ids_T, stream.positions_T, attend, recompute=recompute)
     return model.loss(
         hidden_TD, stream.label_T, stream.loss_weight_T, stream.valid_rows, bad_labels
     )

@@ -53,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainer",
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
-    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "packing", "trainer"},
+    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "model", "packing"}
+    | {"trainer"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"recipes", "trainer"},
     "__main__": {"cli"},

@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from s1fast import snapshot
 from s1fast.balance import Split, imbalance, split_step
@@ -32,19 +32,20 @@ from s1fast.files import make_directory, remove_leftovers, write_atomic
 from s1fast.hub import find
 from s1fast.kernels.packed_attention import Backend, check_backend, default_backend
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
-from s1fast.model import Model
+from s1fast.model import Model, Recompute
 from s1fast.optimizer import AdamW, learning_rate, learning_rates
 from s1fast.packing import (
     PackedBatch,
     cut,
     label_counts,
+    pack,
     pack_batch,
     part_tokens,
     step_indices,
     steps_per_epoch,
 )
 from s1fast.parallel import Layout, ulysses_attention
-from s1fast.recompute import Recompute, activation_budget, choose_recompute, saved_bytes
+from s1fast.recompute import activation_budget, choose_recompute, saved_bytes
 from s1fast.rows import load_examples
 
 
@@ -83,12 +84,14 @@ class Trainer:
         self.device = device
         self.optimizer = AdamW(model.named_parameters(), config.optim, layout.sum)
         self.attention = _attention(config, device, dtype, model.config.head_dim)
-        self.saved_bytes = saved_bytes(model.config, dtype.itemsize, layout.ulysses)
+        self.saved_bytes = saved_bytes(model.config, dtype, layout.ulysses)
         self.activation_bytes = _activation_bytes(config, model, layout)
         self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
         total = self.steps_per_epoch * config.epochs
         self.num_steps = min(total, config.max_steps) if config.max_steps else total
         self.learning_rates = learning_rates(self.num_steps, config.optim, device)
+        if config.compile:
+            self._compile()
 
     def batch(self, step: int) -> list[Example]:
         """The sequences of optimizer step 0, 1, ..."""
@@ -109,23 +112,26 @@ class Trainer:
 
     def step(self, step: int) -> StepResult:
         """Trains on one batch and updates the weights."""
-        c, layout, plan = self.config, self.layout, self.plan(step)
+        loss, bad_labels = self.backward(self.plan(step))
+        grad_norm = self.optimizer.step(self.learning_rates[step], self.config.optim.clip_norm)
+        self.optimizer.zero_grad()
+        return StepResult(loss, grad_norm, bad_labels)
+
+    def backward(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Leaves a step's gradients; returns its loss and number of bad labels over all ranks."""
+        layout = self.layout
         loss = torch.zeros((), device=self.device)
         bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
         ours = [streams[layout.group_index] for streams in plan.passes]
-        packed = pack_batch(plan.batch, c.data.loss_weight, ours)
+        packed = pack_batch(plan.batch, self.config.data.loss_weight, ours)
         for stream, streams in zip(packed, plan.passes, strict=True):
             part = cut(stream, layout.part, layout.ulysses).to(self.device)
             recompute = self.recompute([sum(plan.seqlens[i] for i in ids) for ids in streams])
-            partial = stream_loss(
-                self.model, part, bad_labels, self.attention, layout.group, recompute
-            )
+            partial = stream_loss(self.model, part, bad_labels, self.attention, recompute, layout)
             partial.backward()
             loss += partial.detach()
         totals = layout.sum(torch.stack((loss, bad_labels.to(loss.dtype))))
-        grad_norm = self.optimizer.step(self.learning_rates[step], c.optim.clip_norm)
-        self.optimizer.zero_grad()
-        return StepResult(totals[0], grad_norm, totals[1])
+        return totals[0], totals[1]
 
     def recompute(self, stream_tokens: Sequence[int]) -> list[Recompute]:
         """What each layer computes again in a pass of such streams, so that the longest fits."""
@@ -133,6 +139,22 @@ class Trainer:
         layers = self.model.config.num_hidden_layers
         mode, budget = self.config.recompute, self.activation_bytes
         return choose_recompute(mode, layers, self.saved_bytes, most, budget)
+
+    def _compile(self) -> None:
+        """Compiles the layers and builds every graph that a step may need, before the first one."""
+        if self.attention != "triton":
+            raise InputError(
+                f"compile: attention {self.attention!r} cannot be compiled with the layer; choose "
+                "'triton', or leave compile away"
+            )
+        self.model.compile_layers()
+        token = Example(ids=(0, 0), labelled=(False, True), where="warm-up")
+        stream = pack([token, token], [0.0, 0.0])
+        stream = cut(stream, self.layout.part, self.layout.ulysses).to(self.device)
+        for what in get_args(Recompute):
+            policy = [what] * len(self.model.layers)
+            stream_loss(self.model, stream, None, self.attention, policy, self.layout).backward()
+        self.optimizer.zero_grad()
 
     # -- resumable state --------------------------------------------------------------------
 
@@ -165,20 +187,23 @@ def stream_loss(
     stream: PackedBatch,
     bad_labels: Tensor | None = None,
     attention: Backend | None = None,
-    group: ProcessGroup | None = None,
     recompute: Sequence[Recompute] | None = None,
+    layout: Layout | None = None,
 ) -> Tensor:
     """Weighted loss of one packed stream, or of this rank's part of it.
 
-    bad_labels as in linear_cross_entropy, attention as packed_attention's backend, group as in
-    ulysses_attention, recompute as in Model.forward.
+    bad_labels as in linear_cross_entropy, attention as the backend of packed_attention, recompute
+    as in Model; layout says who has the other parts.
     """
+    if model.compiled:
+        torch._dynamo.mark_dynamic(stream.cu_seqlens, 0)
+    group = layout.group if layout else None
 
     def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
         boundaries = (stream.cu_seqlens, stream.max_seqlen)
         return ulysses_attention(q_THK, k_TNK, v_TNK, *boundaries, backend=attention, group=group)
 
-    hidden_TD = model(stream.ids_T, stream.positions_T, attend)
+    hidden_TD = model(stream.ids_T, stream.positions_T, attend, recompute=recompute)
     return model.loss(
         hidden_TD, stream.label_T, stream.loss_weight_T, stream.valid_rows, bad_labels
     )

@@ -30,15 +30,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"errors", "files"},
     "snapshot": {"errors", "files"},
     "budget": {"chat", "errors"},
+    "balance": set(),
     "packing": {"chat"},
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels"},
+    "recompute": {"kernels", "model"},
+    "parallel": {"errors", "kernels", "model"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model"},
     "kv_cache": {"kernels", "model"},
-    "trainer": {"chat", "checkpoint", "config", "errors", "files", "hub", "kernels", "metrics"}
-    | {"model", "optimizer", "packing", "rows", "snapshot"},
+    "trainer": {"balance", "chat", "checkpoint", "config", "errors", "files", "hub", "kernels"}
+    | {"metrics", "model", "optimizer", "packing", "parallel", "recompute", "rows", "snapshot"},
     "decoder": {"budget", "chat", "checkpoint", "errors", "hub", "kernels", "kv_cache", "model"},
     "console": {"decoder"},
     "demo_tasks": {"files"},
@@ -53,7 +56,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainer",
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
-    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "packing", "trainer"},
+    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "model", "packing"}
+    | {"trainer"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"recipes", "trainer"},
     "__main__": {"cli"},

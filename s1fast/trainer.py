@@ -6,6 +6,7 @@ stay on the device and are read one step later, so the host is never waited for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -20,7 +21,13 @@ from torch import Tensor
 
 from s1fast import snapshot
 from s1fast.chat import Chat, Example
-from s1fast.checkpoint import check_weights, load_weights, read_config, save_model
+from s1fast.checkpoint import (
+    check_weights,
+    load_weights,
+    read_config,
+    save_model,
+    save_weights,
+)
 from s1fast.config import TrainConfig, check, differences, load_recipe, to_toml
 from s1fast.errors import InputError
 from s1fast.files import make_directory, remove_leftovers, write_atomic
@@ -32,10 +39,12 @@ from s1fast.kernels.packed_attention import (
     packed_attention,
 )
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
-from s1fast.model import Model
+from s1fast.model import Model, ModelConfig
 from s1fast.optimizer import clip_gradients, learning_rate, make_adamw, set_learning_rate
 from s1fast.packing import PackedBatch, label_counts, pack_batch, step_indices, steps_per_epoch
 from s1fast.rows import load_examples
+from s1fast.slices import Slice, slice_of
+from s1fast.snapshot_writer import SnapshotWriter
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -85,22 +94,21 @@ class Trainer:
 
     # -- resumable state --------------------------------------------------------------------
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name; the rest of it is the number of steps taken."""
+    def slices(self) -> dict[str, Slice]:
+        """This rank's rows of every tensor of the state; the rest is the number of steps taken."""
         named = {}
         for name, parameter in self.model.named_parameters():
-            named[f"param/{name}"] = parameter.data
+            named[f"param/{name}"] = slice_of(parameter)
             state = self.optimizer.state[parameter]
             for moment in _MOMENTS:
                 if moment not in state:
                     state[moment] = torch.zeros_like(parameter)
-                named[f"{moment}/{name}"] = state[moment]
+                named[f"{moment}/{name}"] = slice_of(state[moment])
         return named
 
     def restore(self, saved: snapshot.Snapshot) -> None:
         """Takes weights, moments and step count from a snapshot."""
-        for name, target in self.tensors().items():
-            saved.read(name, target)
+        saved.restore(self.slices())
         for state in self.optimizer.state.values():
             state["step"] = torch.tensor(float(saved.step), device=self.device)
 
@@ -178,7 +186,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
     target = config.output / "hf"
     if not target.exists():
-        save_model(model, source, target, getattr(torch, config.checkpoint.export_dtype))
+        _save_trained(trainer, source, target)
     facts = f"model  {target}\nplot   {config.output / 'loss.png'}"
     console.print(facts, highlight=False, markup=False, soft_wrap=True)
     return target
@@ -196,13 +204,36 @@ def export(run: Path, target: Path) -> Path:
     for warning in warnings:
         Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
     source = find(config.model)
-    with torch.device("meta"):
-        model = Model(read_config(source))
-    model.materialise(torch.device("cpu"), torch.float32)
-    for name, parameter in model.named_parameters():
-        saved.read(f"param/{name}", parameter.data)
-    save_model(model, source, target, getattr(torch, config.checkpoint.export_dtype))
+    _save_snapshot(saved, read_config(source), source, target, config)
     return target
+
+
+def _save_trained(trainer: Trainer, source: Path, target: Path) -> None:
+    """Writes the trained model: its last snapshot, or what is in memory where none is kept."""
+    c = trainer.config
+    if not c.checkpoint.every:
+        save_model(trainer.model, source, target, getattr(torch, c.checkpoint.export_dtype))
+        return
+    saved, warnings = snapshot.newest(c.output / "snapshots", repair=False)
+    if saved is None or saved.step != trainer.num_steps:
+        raise InputError(
+            f"{'; '.join(warnings)}; the last snapshot, which the model is exported from, is lost; "
+            "to repeat the steps since the one before: --checkpoint.resume"
+        )
+    _save_snapshot(saved, trainer.model.config, source, target, c)
+
+
+def _save_snapshot(
+    saved: snapshot.Snapshot,
+    model: ModelConfig,
+    source: Path,
+    target: Path,
+    config: TrainConfig,
+) -> None:
+    def read(name: str, part: Slice) -> None:
+        saved.read(f"param/{name}", part)
+
+    save_weights(model, read, source, target, getattr(torch, config.checkpoint.export_dtype))
 
 
 def _loop(trainer: Trainer, start: int, console: Console) -> None:
@@ -221,7 +252,10 @@ def _loop(trainer: Trainer, start: int, console: Console) -> None:
         every=c.log.every,
         board=c.log.tensorboard,
     )
-    with log:
+    writer = None
+    if c.checkpoint.every:
+        writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep)
+    with log, writer or contextlib.nullcontext():
         began = launched = time.perf_counter()
         pending: tuple[int, StepResult, float] | None = None  # step, metrics, when it began
 
@@ -254,12 +288,10 @@ def _loop(trainer: Trainer, start: int, console: Console) -> None:
             report()
             pending = (step, result, launched)
             done = step + 1
-            if c.checkpoint.every and (done % c.checkpoint.every == 0 or done == trainer.num_steps):
+            if writer and (done % c.checkpoint.every == 0 or done == trainer.num_steps):
                 report()  # a snapshot of a diverged run is never written
                 pending = None
-                folder = c.output / "snapshots"
-                make_directory(folder)
-                snapshot.save(folder, done, trainer.tensors(), trainer.facts(), c.checkpoint.keep)
+                writer.save(done, trainer.slices(), trainer.facts())
         report()
 
 

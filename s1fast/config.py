@@ -56,6 +56,10 @@ class OptimConfig:
     """Share of the steps spent in linear warm-up; a cosine to zero follows."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which both moments are kept. bfloat16 saves 4 bytes of memory a parameter and
+    8 of the 28 that a step moves. It needs betas of at most 0.99: a slower average changes by less
+    than bfloat16's spacing in a step, so that it would be rounded back and stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +109,7 @@ class TrainConfig:
     microbatch_tokens: int = 32768
     """Tokens in one packed forward and backward pass; a step takes as many passes as it needs."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic; weights and moments are fp32 always. auto: bfloat16 on GPU, float32 on CPU."""
+    """Arithmetic; weights are fp32 always. auto: bfloat16 on GPU, float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
     attention: Literal["auto", "triton", "flash", "torch", "reference"] = "auto"
@@ -136,6 +140,11 @@ def check(config: TrainConfig) -> None:
         ("optim.weight_decay", 0 <= o.weight_decay < math.inf, "must be a number from 0"),
         ("optim.warmup_ratio", 0 <= o.warmup_ratio <= 1, "must lie in [0, 1]"),
         ("optim.clip_norm", o.clip_norm > 0, "must be positive"),
+        (
+            "optim.moments",
+            o.moments == "float32" or max(o.betas) <= 0.99,
+            "bfloat16 needs optim.betas of at most 0.99; take float32",
+        ),
         ("checkpoint.every", config.checkpoint.every >= 0, "must not be negative"),
         ("checkpoint.keep", config.checkpoint.keep >= 1, "must be at least 1"),
         ("log.every", config.log.every >= 1, "must be at least 1"),

@@ -40,13 +40,11 @@ from s1fast.kernels.packed_attention import (
 )
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
 from s1fast.model import Model, ModelConfig
-from s1fast.optimizer import clip_gradients, learning_rate, make_adamw, set_learning_rate
+from s1fast.optimizer import AdamW, learning_rate, learning_rates
 from s1fast.packing import PackedBatch, label_counts, pack_batch, step_indices, steps_per_epoch
 from s1fast.rows import load_examples
 from s1fast.slices import Slice, slice_of
 from s1fast.snapshot_writer import SnapshotWriter
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,12 @@ class Trainer:
         self, config: TrainConfig, model: Model, examples: list[Example], device: torch.device
     ) -> None:
         self.config, self.model, self.examples, self.device = config, model, examples, device
-        self.optimizer = make_adamw(model, config.optim)
+        self.optimizer = AdamW(model.named_parameters(), config.optim)
         self.attention = _attention(config, device, model.compute_dtype, model.config.head_dim)
         self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
         total = self.steps_per_epoch * config.epochs
         self.num_steps = min(total, config.max_steps) if config.max_steps else total
+        self.learning_rates = learning_rates(self.num_steps, config.optim, device)
 
     def batch(self, step: int) -> list[Example]:
         """The sequences of optimizer step 0, 1, ..."""
@@ -80,16 +79,14 @@ class Trainer:
     def step(self, step: int) -> StepResult:
         """Trains on one batch and updates the weights."""
         c = self.config
-        set_learning_rate(self.optimizer, learning_rate(step, self.num_steps, c.optim))
         loss = torch.zeros((), device=self.device)
         bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
         for stream in pack_batch(self.batch(step), c.data.loss_weight, c.microbatch_tokens):
             partial = stream_loss(self.model, stream.to(self.device), bad_labels, self.attention)
             partial.backward()
             loss += partial.detach()
-        grad_norm = clip_gradients(self.model, c.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        grad_norm = self.optimizer.step(self.learning_rates[step], c.optim.clip_norm)
+        self.optimizer.zero_grad()
         return StepResult(loss, grad_norm, bad_labels)
 
     # -- resumable state --------------------------------------------------------------------
@@ -98,19 +95,17 @@ class Trainer:
         """This rank's rows of every tensor of the state; the rest is the number of steps taken."""
         named = {}
         for name, parameter in self.model.named_parameters():
-            named[f"param/{name}"] = slice_of(parameter)
-            state = self.optimizer.state[parameter]
-            for moment in _MOMENTS:
-                if moment not in state:
-                    state[moment] = torch.zeros_like(parameter)
-                named[f"{moment}/{name}"] = slice_of(state[moment])
+            rows = slice_of(parameter)
+            named[f"param/{name}"] = rows
+            for moment in ("exp_avg", "exp_avg_sq"):
+                held = getattr(self.optimizer, moment)[name]
+                named[f"{moment}/{name}"] = Slice(held, rows.start, rows.shape)
         return named
 
     def restore(self, saved: snapshot.Snapshot) -> None:
         """Takes weights, moments and step count from a snapshot."""
         saved.restore(self.slices())
-        for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(float(saved.step), device=self.device)
+        self.optimizer.steps = saved.step
 
     def facts(self) -> dict[str, object]:
         """What a resuming run must have in common with the saved one, beyond its recipe."""

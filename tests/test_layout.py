@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": {"chat"},
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels"},
-    "optimizer": {"config"},
+    "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
     "kv_cache": {"kernels", "model"},

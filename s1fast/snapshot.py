@@ -214,23 +214,22 @@ def check_shared(folder: Path, ranks: Ranks) -> str:
     with ranks.together():
         if ranks.rank == 0:
             write_atomic(mark, "")
-    with ranks.together():
-        give_up = time.monotonic() + SHARED_S
-        # Listing the folder, unlike asking for the file, is not answered from an old cache.
-        while mark.name not in _names(folder):
-            if time.monotonic() > give_up:
-                raise InputError(
-                    f"{folder} on {socket.gethostname()} is not the folder that rank 0 writes to; "
-                    "name one on a file system that all nodes share"
-                )
-            time.sleep(0.1)
-    if ranks.rank == 0:
-        mark.unlink()
+    try:
+        with ranks.together():
+            _await(mark)
+    finally:
+        if ranks.rank == 0:
+            mark.unlink()
     return word
 
 
-def _names(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except FileNotFoundError:
-        return set()
+def _await(mark: Path) -> None:
+    give_up = time.monotonic() + SHARED_S
+    # Listing the folder, unlike asking for the file, is not answered from an old cache.
+    while not mark.parent.is_dir() or mark.name not in os.listdir(mark.parent):
+        if time.monotonic() > give_up:
+            raise InputError(
+                f"{mark.parent} on {socket.gethostname()} is not the folder that rank 0 writes to; "
+                "name one on a file system that all nodes share"
+            )
+        time.sleep(0.1)

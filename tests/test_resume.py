@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from s1fast import cli, snapshot
-from s1fast.errors import InputError
 from s1fast.packing import PackedBatch, pack_batch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -53,7 +53,7 @@ def train(engine: Engine, peer: Any) -> dict[str, float]:
     engine.model.requires_grad_(True)
 
     def ours() -> None:
-        for stream in pack_batch(examples, "token", 1 << 20):
+        for stream in pack_batch(examples, "token"):
             stream_loss(engine.model, stream.to(device)).backward()
         engine.model.zero_grad()
 

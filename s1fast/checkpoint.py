@@ -62,7 +62,7 @@ def layout(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
             start += rows
         return tuple(parts)
 
-    table = {"embed": stack(("model.embed_tokens.weight", vocab))}
+    table = {"embed.weight": stack(("model.embed_tokens.weight", vocab))}
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}.", f"model.layers.{i}."
         attn, mlp = theirs + "self_attn.", theirs + "mlp."

@@ -258,6 +258,17 @@ class Layer(nn.Module):
         return swiglu(_linear(normed_TD, self.gate_up_weight))
 
 
+class Embedding(nn.Module):
+    """Token embeddings: a module of their own, so that they are a unit of sharding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.weight)
+
+
 class Head(nn.Module):
     """Final norm and vocabulary projection, with the loss: one unit, so that logits need not exist.
 
@@ -270,6 +281,22 @@ class Head(nn.Module):
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         shape = (config.vocab_size, config.hidden_size)
         self.weight = None if config.tie_word_embeddings else nn.Parameter(torch.empty(shape))
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        tied_VD: Tensor | None,
+        label_T: Tensor,
+        loss_weight_T: Tensor,
+        valid_rows: Tensor,
+        bad_labels: Tensor | None,
+    ) -> Tensor:
+        """The loss, weighted; tied_VD is the embedding where `weight` is None."""
+        weight_VD = self.weight if tied_VD is None else tied_VD
+        normed_TD = rms_norm(hidden_TD, self.norm, self.eps)
+        return linear_cross_entropy(
+            normed_TD, weight_VD, label_T, loss_weight_T, valid_rows, bad_labels=bad_labels
+        )
 
 
 class Model(nn.Module):
@@ -284,7 +311,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.embed = Embedding(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.head = Head(config)
 
@@ -325,7 +352,7 @@ class Model(nn.Module):
         Returns:
             hidden_TD in compute_dtype.
         """
-        hidden_TD = F.embedding(ids_T, self.embed).to(self.compute_dtype)
+        hidden_TD = self.embed(ids_T).to(self.compute_dtype)
         freq_R = inverse_frequencies(self.config).to(positions_T.device, non_blocking=True)
         angle_TR = positions_T[:, None].float() * freq_R
         cos_TR, sin_TR = angle_TR.cos(), angle_TR.sin()
@@ -336,7 +363,7 @@ class Model(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, D) vocabulary projection, tied or not."""
-        return self.embed if self.head.weight is None else self.head.weight
+        return self.embed.weight if self.head.weight is None else self.head.weight
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) logits of the given rows in compute_dtype."""
@@ -351,15 +378,8 @@ class Model(nn.Module):
         bad_labels: Tensor | None = None,
     ) -> Tensor:
         """Weighted cross-entropy; arguments as linear_cross_entropy takes them."""
-        normed_TD = rms_norm(hidden_TD, self.head.norm, self.head.eps)
-        return linear_cross_entropy(
-            normed_TD,
-            self.head_weight,
-            label_T,
-            loss_weight_T,
-            valid_rows,
-            bad_labels=bad_labels,
-        )
+        tied_VD = self.embed.weight if self.head.weight is None else None
+        return self.head(hidden_TD, tied_VD, label_T, loss_weight_T, valid_rows, bad_labels)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

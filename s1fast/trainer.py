@@ -1,15 +1,18 @@
-"""The training loop on one device: fp32 masters, packed streams, exact resume.
+"""The training loop, on one device or many: fp32 masters, packed streams, exact resume.
 
-A step: pack the batch on the host, one forward and backward per stream, clip, AdamW. Its metrics
-stay on the device and are read one step later, so the host is never waited for.
+A step: split the batch over the ranks and pack it on the host, one forward and backward per stream,
+clip, AdamW. Its metrics stay on the device and are read one step later, so the host is never waited
+for. On many ranks every one runs this same loop; only the first prints, logs and writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +21,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from s1fast import snapshot
+from s1fast.balance import Split, imbalance, split_step
 from s1fast.chat import Chat, Example
 from s1fast.checkpoint import (
     check_weights,
@@ -32,16 +37,21 @@ from s1fast.config import TrainConfig, check, differences, load_recipe, to_toml
 from s1fast.errors import InputError
 from s1fast.files import make_directory, remove_leftovers, write_atomic
 from s1fast.hub import find
-from s1fast.kernels.packed_attention import (
-    Backend,
-    check_backend,
-    default_backend,
-    packed_attention,
-)
+from s1fast.kernels.packed_attention import Backend, check_backend, default_backend
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
 from s1fast.model import Model, ModelConfig
 from s1fast.optimizer import AdamW, learning_rate, learning_rates
-from s1fast.packing import PackedBatch, label_counts, pack_batch, step_indices, steps_per_epoch
+from s1fast.packing import (
+    PackedBatch,
+    cut,
+    label_counts,
+    pack_batch,
+    part_tokens,
+    step_indices,
+    steps_per_epoch,
+)
+from s1fast.parallel import Layout, ulysses_attention
+from s1fast.recompute import Recompute, activation_budget, choose_recompute, saved_bytes
 from s1fast.rows import load_examples
 from s1fast.slices import Slice, slice_of
 from s1fast.snapshot_writer import SnapshotWriter
@@ -57,15 +67,33 @@ class StepResult:
     """How many labels were no token of the vocabulary."""
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """A step's sequences, and which group of ranks trains on which of them."""
+
+    batch: list[Example]
+    passes: list[Split]
+    """Indices into batch, of each pass, of each group."""
+    seqlens: list[int]
+    num_labels: int
+    costs: list[float]
+    """FLOPs a sequence."""
+
+
 class Trainer:
     """Model, optimizer and data of a run; `step` advances all three."""
 
     def __init__(
-        self, config: TrainConfig, model: Model, examples: list[Example], device: torch.device
+        self, config: TrainConfig, model: Model, examples: list[Example], layout: Layout
     ) -> None:
-        self.config, self.model, self.examples, self.device = config, model, examples, device
-        self.optimizer = AdamW(model.named_parameters(), config.optim)
-        self.attention = _attention(config, device, model.compute_dtype, model.config.head_dim)
+        """The model is sharded already where layout.mesh says so."""
+        self.config, self.model, self.examples, self.layout = config, model, examples, layout
+        device, dtype = layout.device, model.compute_dtype
+        self.device = device
+        self.optimizer = AdamW(model.named_parameters(), config.optim, layout.sum)
+        self.attention = _attention(config, device, dtype, model.config.head_dim)
+        self.saved_bytes = saved_bytes(model.config, dtype.itemsize, layout.ulysses)
+        self.activation_bytes = _activation_bytes(config, model, layout)
         self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
         total = self.steps_per_epoch * config.epochs
         self.num_steps = min(total, config.max_steps) if config.max_steps else total
@@ -76,18 +104,44 @@ class Trainer:
         chosen = step_indices(len(self.examples), self.config.batch_size, self.config.seed, step)
         return [self.examples[i] for i in chosen]
 
+    def plan(self, step: int) -> StepPlan:
+        """Who trains on what in a step: the same on every rank."""
+        c, batch = self.config, self.batch(step)
+        seqlens, counts = [len(example.ids) for example in batch], label_counts(batch)
+        costs = [
+            train_flops(self.model.config, [n], labels)
+            for n, labels in zip(seqlens, counts, strict=True)
+        ]
+        most_tokens = c.microbatch_tokens * self.layout.ulysses
+        passes = split_step(seqlens, costs, self.layout.num_groups, most_tokens)
+        return StepPlan(batch, passes, seqlens, sum(counts), costs)
+
     def step(self, step: int) -> StepResult:
         """Trains on one batch and updates the weights."""
-        c = self.config
+        c, layout, plan = self.config, self.layout, self.plan(step)
         loss = torch.zeros((), device=self.device)
         bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
-        for stream in pack_batch(self.batch(step), c.data.loss_weight, c.microbatch_tokens):
-            partial = stream_loss(self.model, stream.to(self.device), bad_labels, self.attention)
+        ours = [streams[layout.group_index] for streams in plan.passes]
+        packed = pack_batch(plan.batch, c.data.loss_weight, ours)
+        for stream, streams in zip(packed, plan.passes, strict=True):
+            part = cut(stream, layout.part, layout.ulysses).to(self.device)
+            recompute = self.recompute([sum(plan.seqlens[i] for i in ids) for ids in streams])
+            partial = stream_loss(
+                self.model, part, bad_labels, self.attention, layout.group, recompute
+            )
             partial.backward()
             loss += partial.detach()
+        totals = layout.sum(torch.stack((loss, bad_labels.to(loss.dtype))))
         grad_norm = self.optimizer.step(self.learning_rates[step], c.optim.clip_norm)
         self.optimizer.zero_grad()
-        return StepResult(loss, grad_norm, bad_labels)
+        return StepResult(totals[0], grad_norm, totals[1])
+
+    def recompute(self, stream_tokens: Sequence[int]) -> list[Recompute]:
+        """What each layer computes again in a pass of such streams, so that the longest fits."""
+        most = max(part_tokens(n, self.layout.ulysses) for n in stream_tokens)
+        layers = self.model.config.num_hidden_layers
+        mode, budget = self.config.recompute, self.activation_bytes
+        return choose_recompute(mode, layers, self.saved_bytes, most, budget)
 
     # -- resumable state --------------------------------------------------------------------
 
@@ -121,13 +175,18 @@ def stream_loss(
     stream: PackedBatch,
     bad_labels: Tensor | None = None,
     attention: Backend | None = None,
+    group: ProcessGroup | None = None,
+    recompute: Sequence[Recompute] | None = None,
 ) -> Tensor:
-    """Weighted loss of one packed stream; bad_labels as in linear_cross_entropy, attention as the
-    backend of packed_attention."""
+    """Weighted loss of one packed stream, or of this rank's part of it.
+
+    bad_labels as in linear_cross_entropy, attention as packed_attention's backend, group as in
+    ulysses_attention, recompute as in Model.forward.
+    """
 
     def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
         boundaries = (stream.cu_seqlens, stream.max_seqlen)
-        return packed_attention(q_THK, k_TNK, v_TNK, *boundaries, backend=attention)
+        return ulysses_attention(q_THK, k_TNK, v_TNK, *boundaries, backend=attention, group=group)
 
     hidden_TD = model(stream.ids_T, stream.positions_T, attend)
     return model.loss(
@@ -170,7 +229,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         model.init_random(config.seed)
     else:
         load_weights(model, source)
-    trainer = Trainer(config, model, examples, device)
+    trainer = Trainer(config, model, examples, Layout(device))
     make_directory(config.output)
     remove_leftovers(config.output)
     start = _resume(trainer, console)
@@ -299,23 +358,23 @@ def _record(
     peak: float,
 ) -> StepRecord:
     step_s, mean_s, elapsed_s = timing
-    batch = trainer.batch(step)
-    seqlens = [len(example.ids) for example in batch]
-    num_labels = sum(label_counts(batch))
-    tflops = train_flops(trainer.model.config, seqlens, num_labels) / step_s / 1e12
-    price = trainer.config.log.dollars_per_hour
+    plan, world = trainer.plan(step), trainer.layout.world
+    num_tokens = sum(plan.seqlens)
+    tflops = sum(plan.costs) / step_s / world / 1e12
+    price = trainer.config.log.dollars_per_hour * world
     return StepRecord(
         step=step + 1,
         epoch=(step + 1) / trainer.steps_per_epoch,
         loss=loss,
         grad_norm=grad_norm,
         lr=learning_rate(step, trainer.num_steps, trainer.config.optim),
-        tokens=sum(seqlens),
-        labels=num_labels,
+        tokens=num_tokens,
+        labels=plan.num_labels,
         step_s=step_s,
-        tokens_per_s=sum(seqlens) / step_s,
+        tokens_per_s=num_tokens / step_s / world,
         tflops=tflops,
         mfu=tflops / peak,
+        imbalance=imbalance(plan.passes, plan.costs),
         eta_s=mean_s * (trainer.num_steps - step - 1),
         dollars=price * elapsed_s / 3600,
     )
@@ -332,6 +391,19 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return torch.bfloat16 if _device(config).type == "cuda" else torch.float32
+
+
+def _activation_bytes(config: TrainConfig, model: Model, layout: Layout) -> float:
+    """Memory for what forward keeps: as configured, or the least that any rank has free."""
+    if config.activation_gb:
+        return config.activation_gb * 1e9
+    if layout.device.type == "cpu":
+        return math.inf
+    device = layout.device
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    itemsize = model.compute_dtype.itemsize
+    return layout.smallest(activation_budget(free, model.config, itemsize, layout.world))
 
 
 def _attention(

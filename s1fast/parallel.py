@@ -1,0 +1,300 @@
+"""Ranks: who they are, how a model is sharded over them, and attention across them.
+
+Parameters, gradients and optimizer state are sharded over all ranks, a unit a layer (FSDP2). A
+stream of tokens is sharded over the u ranks of a group (Ulysses): everything but attention works
+token by token; around attention an all-to-all turns token shards into head shards and back. A rank
+is part of the one world mesh and of one such group.
+
+    rank       0 1 2 3 | 4 5 6 7       world 8, u 4: two groups
+    stream     a a a a | b b b b       a quarter of the tokens each; in attention, of the heads
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from s1fast.errors import InputError
+from s1fast.kernels.packed_attention import Backend, packed_attention
+from s1fast.model import Model
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a collective waits for the last rank. Longer than a rank may take to load or to save;
+one that died is noticed sooner, by torchrun, by its closed connections or by its group."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This process among the others."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    ulysses: int = 1
+    """Ranks that share a stream, all on one node and consecutive."""
+    mesh: DeviceMesh | None = None
+    """All ranks, for FSDP. None: one process whose weights are whole."""
+    group: dist.ProcessGroup | None = None
+    """The ranks that share this one's stream; None where it has none to share with."""
+
+    @property
+    def num_groups(self) -> int:
+        return self.world // self.ulysses
+
+    @property
+    def group_index(self) -> int:
+        """Which of the step's streams is this rank's."""
+        return self.rank // self.ulysses
+
+    @property
+    def part(self) -> int:
+        """Which part of its stream is this rank's."""
+        return self.rank % self.ulysses
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums a tensor over all ranks, in place; the host does not wait for a GPU."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def smallest(self, value: int) -> int:
+        """The least of all ranks' values; waits for them."""
+        if self.world == 1:
+            return value
+        held = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(held, dist.ReduceOp.MIN)
+        return int(held)
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises InputError on every rank where one reports an "error" or differs from rank 0."""
+        if self.world == 1:
+            return
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, facts)
+        for rank, theirs in enumerate(everyone):
+            if error := theirs.get("error"):
+                raise InputError(f"rank {rank}: {error}")
+        for rank, theirs in enumerate(everyone):
+            names = [*everyone[0], *(name for name in theirs if name not in everyone[0])]
+            for name in names:
+                ours, found = everyone[0].get(name), theirs.get(name)
+                if ours != found:
+                    raise InputError(
+                        f"the ranks disagree on {name}: {found!r} on rank {rank}, {ours!r} on "
+                        "rank 0; start all with the same recipe, data, model and code"
+                    )
+
+
+def ulysses_degree(gpus_per_node: int, heads: int, kv_heads: int) -> int:
+    """How many ranks share a stream: the most of a node that the heads can be dealt to evenly.
+
+    The largest divisor of gpus_per_node that divides the query heads and divides, or is a multiple
+    of, the key-value heads, which then are repeated.
+    """
+    return max(
+        u
+        for u in range(1, gpus_per_node + 1)
+        if gpus_per_node % u == 0 and heads % u == 0 and (kv_heads % u == 0 or u % kv_heads == 0)
+    )
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(device: torch.device, heads: int, kv_heads: int, ulysses: int | None = None) -> Layout:
+    """Meets the ranks that torchrun started; without it, the one process is the world.
+
+    A GPU is always driven by FSDP, a world of one included, which needs no launcher; a lone CPU
+    process keeps its weights whole.
+
+    Args:
+        device: this rank's.
+        heads, kv_heads: of the model.
+        ulysses: ranks that share a stream; None for ulysses_degree.
+
+    Raises:
+        InputError: nodes with different numbers of ranks, or a world that does not come together.
+    """
+    if not launched() and device.type == "cpu":
+        return Layout(device)
+    rank, world, local_world = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = None if launched() else dist.HashStore()
+        known = {} if launched() else {"rank": 0, "world_size": 1}
+        bound = {"device_id": device} if device.type == "cuda" else {}
+        try:
+            dist.init_process_group(backend, store=store, timeout=TIMEOUT, **known, **bound)
+        except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"rank {rank} of {world} could not meet the others: {reason}"
+            ) from None
+    mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
+    layout = Layout(device, rank, world, 1, mesh)
+    layout.agree({"LOCAL_WORLD_SIZE, the ranks of a node": local_world})
+    degree = ulysses or ulysses_degree(local_world, heads, kv_heads)
+    group = None
+    if degree > 1:  # a communicator of its own, also where it spans the world: FSDP's is busy
+        group, _ = dist.new_subgroups(degree)
+    return Layout(device, rank, world, degree, mesh, group)
+
+
+def leave() -> None:
+    """Ends what join began. After an error the others may not answer: nobody is waited for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# -- sharding --------------------------------------------------------------------------------------
+
+
+def shard_model(
+    model: Model, layout: Layout, reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+) -> None:
+    """Shards parameters and gradients over all ranks in place; the model may be on meta still.
+
+    A layer is gathered in compute_dtype two layers ahead, freed after use, and gathered again for
+    backward. Every backward sums gradients over the ranks into fp32 shards: loss weights carry the
+    normalisation, so nothing is averaged.
+    """
+    if layout.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=model.compute_dtype,
+        reduce_dtype=getattr(torch, reduce_dtype),
+        cast_forward_inputs=False,
+    )
+    layers: list[Any] = list(model.layers)
+    first, last = [], []
+    if model.head.weight is not None:
+        first, last = [model.embed], [model.head]
+    # Backward begins with the head, so it stays; the embedding's backward needs no weight.
+    for unit in [*first, *layers]:
+        fully_shard(unit, mesh=layout.mesh, mp_policy=policy)
+    for unit in last:
+        fully_shard(unit, mesh=layout.mesh, mp_policy=policy, reshard_after_forward=False)
+    # With tied weights embedding, final norm and head are what is left for the root, which stays
+    # gathered until its backward.
+    root: Any = fully_shard(model, mesh=layout.mesh, mp_policy=policy)
+    for unit in first:
+        unit.set_unshard_in_backward(False)
+    order = [first[0] if first else root, *layers, *last]
+    for i, unit in enumerate(order):
+        unit.set_modules_to_forward_prefetch(order[i + 1 : i + 3])
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule) and layout.world > 1:
+            # Summed by force: a factor of 1 alone would be a reduction that only NCCL has.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    if layout.device.type == "cuda" and hasattr(root, "set_separate_reduce_scatter_group"):
+        # torch 2.13: in backward, reduce-scatter and all-gather run side by side.
+        root.set_separate_reduce_scatter_group()
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def ulysses_attention(
+    q_THK: Tensor,
+    k_TNK: Tensor,
+    v_TNK: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    backend: Backend | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """packed_attention over a stream whose tokens are cut over a group's ranks.
+
+    Arguments and result are this rank's tokens, boundaries those of the whole stream. Two
+    all-to-alls forward, two backward. No group: the stream is whole.
+    """
+    if group is None:
+        return packed_attention(q_THK, k_TNK, v_TNK, cu_seqlens, max_seqlen, backend=backend)
+    heads = to_heads(q_THK, k_TNK, v_TNK, group)
+    return to_tokens(packed_attention(*heads, cu_seqlens, max_seqlen, backend=backend), group)
+
+
+def to_heads(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Token shards with all heads -> all tokens with this rank's heads, in one all-to-all.
+
+    T tokens of a rank become u T. Key-value heads fewer than u are repeated.
+    """
+    return list(_ToHeads.apply(q_THK, k_TNK, v_TNK, group))
+
+
+def to_tokens(out_THK: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All tokens with this rank's heads -> this rank's tokens with all heads."""
+    return _ToTokens.apply(out_THK, group)
+
+
+def _exchange(message: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Row i of (u, ...) goes to rank i; row i of the result came from there."""
+    received = torch.empty_like(message)
+    dist.all_to_all_single(received, message, group=group)
+    return received
+
+
+def _deal(heads: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """(T, heads, K) each -> (u T, heads / u, K) each, views of one buffer."""
+    parts = group.size()
+    num_tokens, _, width = heads[0].shape
+    counts = [x.shape[1] // parts for x in heads]
+    message = heads[0].new_empty(parts, num_tokens, sum(counts), width)
+    for x, slot in zip(heads, message.split(counts, dim=2), strict=True):
+        slot.copy_(x.unflatten(1, (parts, -1)).transpose(0, 1))
+    return list(_exchange(message, group).flatten(0, 1).split(counts, dim=1))
+
+
+def _collect(heads: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """The inverse of _deal; contiguous results."""
+    parts = group.size()
+    counts = [x.shape[1] for x in heads]
+    message = torch.cat(heads, dim=1).unflatten(0, (parts, -1))
+    received = _exchange(message, group).transpose(0, 1)
+    return [x.flatten(1, 2).contiguous() for x in received.split(counts, dim=2)]
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_THK, k_TNK, v_TNK, group):
+        ctx.group = group
+        ctx.repeats = max(1, group.size() // k_TNK.shape[1])
+        if ctx.repeats > 1:
+            k_TNK, v_TNK = (x.repeat_interleave(ctx.repeats, dim=1) for x in (k_TNK, v_TNK))
+        return tuple(_deal([q_THK, k_TNK, v_TNK], group))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients):
+        dq, dk, dv = _collect(list(gradients), ctx.group)
+        if ctx.repeats > 1:  # summed in fp32 within
+            dk, dv = (x.unflatten(1, (-1, ctx.repeats)).sum(2) for x in (dk, dv))
+        return dq, dk, dv, None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out_THK, group):
+        ctx.group = group
+        return _collect([out_THK], group)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dout_THK):
+        return _deal([dout_THK], ctx.group)[0], None

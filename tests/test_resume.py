@@ -435,6 +435,7 @@ def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
     [
         "--optim.lr=2e-3",
         "--optim.betas=0.9 0.99",
+        "--optim.moments=bfloat16",
         "--optim.warmup-ratio=0.1",
         "--batch-size=5",
         "--microbatch-tokens=99",
@@ -499,6 +500,23 @@ def test_what_may_change_does_not_matter(setup: Setup, tmp_path: Path, command: 
 
 
 # -- export --------------------------------------------------------------------------------------
+
+
+def test_moments_in_bf16_resume_to_the_bit(setup: Setup, tmp_path: Path, command: Command) -> None:
+    """From the middle of a run, whose later snapshots are taken away; fp32 is tested above."""
+    narrow = ["--optim.moments", "bfloat16", "--output"]
+    assert command(["train", str(setup.recipe), *narrow, str(tmp_path / "a")]).returncode == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, *later = sorted((tmp_path / "b" / "snapshots").iterdir())
+    for folder in (*later, tmp_path / "b" / "hf"):
+        shutil.rmtree(folder)
+    done = command([*resume(setup, tmp_path / "b"), "--optim.moments", "bfloat16"])
+    assert done.returncode == 0 and f"resuming after step {int(first.name[-6:])}" in done.stdout
+    a, b = (load_file(tmp_path / run / "snapshots" / f"step-{STEPS:06}" / TENSORS) for run in "ab")
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        kind = torch.float32 if name.startswith("param/") else torch.bfloat16
+        assert x.dtype == kind and x.equal(b[name]) and x.any(), name
 
 
 def test_export_is_the_runs_own_folder(setup: Setup, tmp_path: Path) -> None:

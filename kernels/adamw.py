@@ -44,6 +44,8 @@ from s1fast.kernels.jit import jit, tl
 
 CHUNK = 32768
 """Elements of a program."""
+PIECE = 1 << 17
+"""Elements that the reference takes at a time."""
 _BLOCK, _WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bf16, twice 16 of fp32
 _TOTAL = {"BLOCK": 4096}, {"num_warps": 16}  # constants and options of the last reduction
 
@@ -177,8 +179,8 @@ def reference_(
     """adamw_ in plain PyTorch, a piece at a time."""
     correction1, root_correction2 = _corrections(step, betas)
     step_size = lr / correction1
+    keeps = {decay: 1 - lr * decay for decay in {*shards.decays}}
     for i, decay in enumerate(shards.decays):
-        keep = 1 - lr * decay
         arrays = (shards.params[i], shards.exp_avgs[i], shards.exp_avg_sqs[i], found.grads[i])
         for param, exp_avg, exp_avg_sq, grad in _pieces(*arrays):
             g = grad.float() * clip
@@ -186,7 +188,7 @@ def reference_(
             m.lerp_(g, 1 - betas[0])
             v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
             root = v.sqrt().div_(root_correction2).add_(eps)
-            param.mul_(keep).addcdiv_(torch.mul(m, step_size, out=g), root, value=-1)
+            param.mul_(keeps[decay]).addcdiv_(torch.mul(m, step_size, out=g), root, value=-1)
             if shards.narrow:
                 exp_avg.copy_(m)
                 exp_avg_sq.copy_(v)
@@ -195,7 +197,9 @@ def reference_(
 def _pieces(*arrays: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Views of the same elements of each, few enough for what is computed with them to stay in a
     processor's cache."""
-    return zip(*(x.view(-1).split(1 << 17) for x in arrays), strict=True)
+    if arrays[0].numel() <= PIECE:
+        return (arrays,)
+    return zip(*(x.view(-1).split(PIECE) for x in arrays), strict=True)
 
 
 def _corrections(step: int, betas: tuple[float, float]) -> tuple[float, float]:

@@ -223,6 +223,11 @@ def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
     return lines
 
 
+def flat(config: TrainConfig) -> dict[str, str]:
+    """Dotted name -> value of every field, for people to compare."""
+    return {name: str(_value(config, name)) for name in field_names(TrainConfig)}
+
+
 def field_names(cls: type, prefix: str = "") -> list[str]:
     """Dotted names of all fields of a configuration class."""
     names = []

@@ -27,6 +27,7 @@ from s1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from s1fast.kernels.norm_qkv import norm_qkv
 from s1fast.kernels.rms_norm import rms_norm
 from s1fast.kernels.swiglu import swiglu
+from s1fast.slices import slice_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -372,7 +373,8 @@ class Model(nn.Module):
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if weight.ndim == 2:
-                    weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+                    drawn = torch.randn(weight.shape, generator=generator) * std
+                    slice_of(weight).fill(0, len(drawn), lambda a, b, drawn=drawn: drawn[a:b])
                 else:
                     weight.fill_(0.0 if name.endswith("bias") else 1.0)
         return self

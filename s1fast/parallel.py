@@ -12,6 +12,7 @@ is part of the one world mesh and of one such group.
 from __future__ import annotations
 
 import gc
+import json
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from s1fast.errors import InputError
 from s1fast.kernels.packed_attention import Backend, packed_attention
 from s1fast.model import Model
+from s1fast.ranks import ALONE, Ranks, process_group
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective waits for the last rank. Longer than a rank may take to load or to save;
@@ -46,8 +48,7 @@ class Layout:
     """This process among the others."""
 
     device: torch.device
-    rank: int = 0
-    world: int = 1
+    ranks: Ranks = ALONE
     ulysses: int = 1
     """Ranks that share a stream, all on one node and consecutive."""
     mesh: DeviceMesh | None = None
@@ -56,12 +57,20 @@ class Layout:
     """The ranks that share this one's stream; None where it has none to share with."""
 
     @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world(self) -> int:
+        return self.ranks.world
+
+    @property
     def num_groups(self) -> int:
         return self.world // self.ulysses
 
     @property
     def group_index(self) -> int:
-        """Which of the step's streams is this rank's."""
+        """Which of a pass's streams is this rank's."""
         return self.rank // self.ulysses
 
     @property
@@ -76,31 +85,26 @@ class Layout:
         return values
 
     def smallest(self, value: int) -> int:
-        """The least of all ranks' values; waits for them."""
-        if self.world == 1:
-            return value
-        held = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(held, dist.ReduceOp.MIN)
-        return int(held)
+        """The least of all ranks' values."""
+        return min(map(int, self.ranks.exchange(str(value))))
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        """Raises InputError on every rank where one reports an "error" or differs from rank 0."""
-        if self.world == 1:
-            return
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, facts)
+    def agree(self, facts: dict[str, str]) -> None:
+        """Raises InputError on every rank where one has other facts, by the same names, than 0."""
+        everyone = [json.loads(text) for text in self.ranks.exchange(json.dumps(facts))]
         for rank, theirs in enumerate(everyone):
-            if error := theirs.get("error"):
-                raise InputError(f"rank {rank}: {error}")
-        for rank, theirs in enumerate(everyone):
-            names = [*everyone[0], *(name for name in theirs if name not in everyone[0])]
-            for name in names:
-                ours, found = everyone[0].get(name), theirs.get(name)
-                if ours != found:
+            for name, first in everyone[0].items():
+                if theirs[name] != first:
                     raise InputError(
-                        f"the ranks disagree on {name}: {found!r} on rank {rank}, {ours!r} on "
-                        "rank 0; start all with the same recipe, data, model and code"
+                        f"the ranks disagree on {name}: {theirs[name]} on rank {rank}, {first} on "
+                        "rank 0; start all of them with the same"
                     )
+
+
+def gpus_per_node(layout: Layout) -> int:
+    """How many ranks torchrun started on each node; InputError where nodes differ."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1") if launched() else "1"
+    layout.agree({"the number of processes on a node": here})
+    return int(here)
 
 
 def ulysses_degree(gpus_per_node: int, heads: int, kv_heads: int) -> int:
@@ -140,6 +144,7 @@ def join(device: torch.device) -> Layout:
     if not launched():
         known |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         known["device_id"] = device
     try:  # gloo carries what the host has to say
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **known)
@@ -147,7 +152,7 @@ def join(device: torch.device) -> Layout:
         reason = str(error).splitlines()[0]
         raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
-    return Layout(device, rank, world, mesh=mesh)
+    return Layout(device, process_group(), mesh=mesh)
 
 
 def share_streams(layout: Layout, degree: int) -> Layout:

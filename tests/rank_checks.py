@@ -29,7 +29,7 @@ from s1fast.errors import InputError
 from s1fast.model import Model, ModelConfig
 from s1fast.optimizer import local
 from s1fast.parallel import Layout, join, leave, shard_model, share_streams, to_heads, to_tokens
-from s1fast.trainer import Trainer
+from s1fast.step import Trainer
 
 CPU = torch.device("cpu")
 LENGTHS = [40, 7, 23, 64, 2, 31, 12, 55]
@@ -285,11 +285,11 @@ def smallest(world: Layout) -> None:
 
 @check(3)
 def ranks_that_disagree(world: Layout) -> None:
-    world.agree({"seed": 1, "data": "abc"})
+    world.agree({"seed": "1", "data": "abc"})
     try:
-        world.agree({"seed": 1, "data": "abd" if world.rank == 2 else "abc"})
+        world.agree({"seed": "1", "data": "abd" if world.rank == 2 else "abc"})
     except InputError as error:
-        assert "disagree on data: 'abd' on rank 2, 'abc' on rank 0" in str(error)
+        assert "disagree on data: abd on rank 2, abc on rank 0" in str(error)
     else:
         raise AssertionError("nobody noticed")
 

@@ -26,7 +26,7 @@ from s1fast.packing import (
     step_indices,
     steps_per_epoch,
 )
-from s1fast.trainer import stream_loss
+from s1fast.step import stream_loss
 
 CPU = torch.device("cpu")
 Streams = list[list[int]] | None

@@ -13,6 +13,7 @@ import torch
 
 import rank_checks
 from s1fast.parallel import Layout, join, share_streams, ulysses_degree
+from s1fast.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [(world, name) for world, checks in rank_checks.CHECKS.items() for name in checks]
@@ -76,7 +77,7 @@ def test_query_heads_meet_their_own_keys(world: int, heads: int, kv_heads: int) 
 
 
 def test_places_in_the_world() -> None:
-    places = [Layout(torch.device("cpu"), rank, 8, 4) for rank in range(8)]
+    places = [Layout(torch.device("cpu"), Ranks(rank, 8), 4) for rank in range(8)]
     assert [place.group_index for place in places] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [place.part for place in places] == [0, 1, 2, 3, 0, 1, 2, 3]
     with pytest.raises(ValueError, match="8 ranks cannot be dealt to groups of 3"):

@@ -168,7 +168,7 @@ BAD: dict[str, tuple[str, Callable[[], object]]] = {
     "columns apart": ("x_THK of shape", lambda: rope(X.transpose(1, 2), C[:, :2], C[:, :2])),
     "tokens": (r"cos_TR has shape \(2, 4\), expected \(3, 4\)", lambda: rope(X, C[:2], C)),
     "half": (r"sin_TR has shape \(3, 3\), expected \(3, 4\)", lambda: rope(X, C, C[:, :3])),
-    "table dtype": ("cos_TR .* bfloat16, expected", lambda: rope(X, C.bfloat16(), C)),
+    "table dtype": ("cos_TR .*bfloat16, expected", lambda: rope(X, C.bfloat16(), C)),
     "table strides": (
         r"sin_TR .* sin_TR.contiguous\(\)",
         lambda: rope(X, C, torch.zeros(4, 3).T),

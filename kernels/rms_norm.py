@@ -33,7 +33,7 @@ _TILE = 4096
 _FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 32, 16
 """Of a tile, in a thread."""
 _STAGES = {torch.bfloat16: 3, torch.float32: 2}
-"""Tiles of backward's loop in flight or in use: 3 KB a column of shared memory is all there is."""
+"""Of backward's loop: one tile in use, the others on their way to shared memory."""
 
 _WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -18,6 +18,7 @@ from tolerances import check_against_eager
 ON_GPU = torch.cuda.is_available()
 PATHS = ["reference", pytest.param("triton", marks=[pytest.mark.gpu] if ON_GPU else [])]
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+FAR = (1 << 31) + 16
 
 # (T, H, N, K): whole tiles of rows and ragged ones, halves of a power of two and of none, one
 # token, one head of each, none of the tokens.
@@ -88,10 +89,13 @@ def test_rope(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     (dx_THK,) = torch.autograd.grad(out_THK, leaf_THK, dout_THK)
     check(dx_THK, dout_THK, cos_TR, sin_TR, back=True, what="its gradient")
 
-    before = qkv_THK.clone()
-    assert rope_(x_THK, cos_TR, sin_TR) is x_THK
-    assert torch.equal(x_THK, out_THK)
-    assert torch.equal(qkv_THK[:, h + n :], before[:, h + n :])  # the rest is not touched
+    more_THK = random(num_tokens + 1, h + 2 * n, width, seed=2, dtype=dtype, device=device)
+    more_THK[:-1] = qkv_THK
+    rest = more_THK[:-1, h + n :].clone(), more_THK[-1].clone()
+    inside_THK = more_THK[:-1, : h + n]
+    assert rope_(inside_THK, cos_TR, sin_TR) is inside_THK
+    assert torch.equal(inside_THK, out_THK)
+    assert torch.equal(more_THK[:-1, h + n :], rest[0]) and torch.equal(more_THK[-1], rest[1])
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -119,6 +123,24 @@ def test_split_and_merge(device: str, dtype: torch.dtype, shape: tuple[int, ...]
     check(dqkv_THK[:, :h], dq_THK, cos_TR, sin_TR, back=True, what="dq")
     check(dqkv_THK[:, h : h + n], dk_TNK, cos_TR, sin_TR, back=True, what="dk")
     assert torch.equal(dqkv_THK[:, h + n :], dv_TNK)
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """The same rows, more than 2^31 elements apart; only what is used of them takes memory."""
+    apart = torch.empty((len(x) - 1) * FAR + x[0].numel(), dtype=x.dtype, device=x.device)
+    far = apart.as_strided(x.shape, (FAR, *x.stride()[1:]))
+    return far.copy_(x)
+
+
+def test_tokens_and_heads_beyond_int32(device: str) -> None:
+    """The second token begins 4 GB behind the first; then the second head."""
+    x_THK = random(2, 2, 64, dtype=BF16, device=device)
+    cos_TR, sin_TR = tables(2, 64, device)
+    wanted = rope(x_THK, cos_TR, sin_TR)
+    heads = far_apart(x_THK.transpose(0, 1).contiguous()).transpose(0, 1)
+    for far in (far_apart(x_THK), heads):
+        assert torch.equal(rope(far, cos_TR, sin_TR), wanted)
+        assert torch.equal(rope_(far, cos_TR, sin_TR), wanted)
 
 
 @pytest.mark.usefixtures("poisoned")

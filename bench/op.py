@@ -32,7 +32,8 @@ class Problem:
     arguments: what our public function takes, in its order. leaves: those of them that get a
     gradient, by name. upstream: gradient of the output, None for a scalar. flops, num_bytes: the
     least that forward and backward together must compute, and move through memory. forward_flops:
-    the forward's part.
+    the forward's part. backward: whether there is one; without, only "full" is measured, which is
+    then the call itself.
     """
 
     arguments: tuple[Any, ...]
@@ -41,6 +42,7 @@ class Problem:
     forward_flops: int
     flops: int
     num_bytes: int
+    backward: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,10 +65,11 @@ class Problem:
                 leaf.requires_grad_()
 
     def full(self, forward: Forward) -> Tensor:
-        """Forward and backward; the output."""
+        """Forward and backward, if there is one; the output."""
         self.clear()
         output = forward()
-        output.backward(self.upstream)
+        if self.backward:
+            output.backward(self.upstream)
         return output.detach()
 
 

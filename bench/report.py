@@ -85,15 +85,21 @@ def cells(shape: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 one["provider"],
-                *(f"{one['timings'][mode]['median_ms']:.3f}" for mode in MODES),
+                *(_median(one, mode) for mode in MODES),
                 f"{full['q20_ms']:.3f}-{full['q80_ms']:.3f}",
-                " / ".join(f"{one['tflops'][mode]:.3g}" for mode in MODES),
+                " / ".join(f"{one['tflops'][mode]:.3g}" for mode in MODES if mode in one["tflops"]),
                 f"{100 * one['roof_fraction']:.1f} %",
                 "" if one["extra_bytes"] is None else f"{one['extra_bytes'] / 1e9:.2f}",
                 _error(one),
             ]
         )
     return rows
+
+
+def _median(one: dict[str, Any], mode: str) -> str:
+    """Milliseconds; a dash for what the operation does not have."""
+    timing = one["timings"].get(mode)
+    return f"{timing['median_ms']:.3f}" if timing else "-"
 
 
 def _error(one: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ step: there is nothing to register as an operation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,8 @@ from s1fast.kernels.jit import jit, tl
 
 CHUNK = 32768
 """Elements of a program."""
+PIECE = 1 << 17
+"""Elements that the reference takes at a time."""
 _BLOCK, _WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bf16, twice 16 of fp32
 _TOTAL = {"BLOCK": 4096}, {"num_warps": 16}  # constants and options of the last reduction
 
@@ -161,7 +163,7 @@ def adamw_(
 
 def reference_sum_of_squares(found: Gradients) -> Tensor:
     """sum_of_squares in plain PyTorch, whose sums are trees as well."""
-    sums = [g.float().square().sum() for g in found.grads]
+    sums = [piece.float().square().sum() for g in found.grads for (piece,) in _pieces(g)]
     return torch.stack(sums).double().sum().float()
 
 
@@ -174,22 +176,30 @@ def reference_(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """adamw_ in plain PyTorch, a shard at a time."""
+    """adamw_ in plain PyTorch, a piece at a time."""
     correction1, root_correction2 = _corrections(step, betas)
     step_size = lr / correction1
-    s = shards
-    arrays = zip(s.params, s.exp_avgs, s.exp_avg_sqs, s.decays, found.grads, strict=True)
-    for param, exp_avg, exp_avg_sq, decay, grad in arrays:
-        g = grad.float() * clip
-        m, v = exp_avg.float(), exp_avg_sq.float()  # themselves, where they are fp32
-        param.mul_(1 - lr * decay)
-        m.lerp_(g, 1 - betas[0])
-        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        root = v.sqrt().div_(root_correction2).add_(eps)
-        param.addcdiv_(torch.mul(m, step_size, out=g), root, value=-1)
-        if s.narrow:
-            exp_avg.copy_(m)
-            exp_avg_sq.copy_(v)
+    keeps = {decay: 1 - lr * decay for decay in {*shards.decays}}
+    for i, decay in enumerate(shards.decays):
+        arrays = (shards.params[i], shards.exp_avgs[i], shards.exp_avg_sqs[i], found.grads[i])
+        for param, exp_avg, exp_avg_sq, grad in _pieces(*arrays):
+            g = grad.float() * clip
+            m, v = exp_avg.float(), exp_avg_sq.float()  # themselves, where they are fp32
+            m.lerp_(g, 1 - betas[0])
+            v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+            root = v.sqrt().div_(root_correction2).add_(eps)
+            param.mul_(keeps[decay]).addcdiv_(torch.mul(m, step_size, out=g), root, value=-1)
+            if shards.narrow:
+                exp_avg.copy_(m)
+                exp_avg_sq.copy_(v)
+
+
+def _pieces(*arrays: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Views of the same elements of each, few enough for what is computed with them to stay in a
+    processor's cache."""
+    if arrays[0].numel() <= PIECE:
+        return (arrays,)
+    return zip(*(x.view(-1).split(PIECE) for x in arrays), strict=True)
 
 
 def _corrections(step: int, betas: tuple[float, float]) -> tuple[float, float]:

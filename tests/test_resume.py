@@ -435,6 +435,7 @@ def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
     [
         "--optim.lr=2e-3",
         "--optim.betas=0.9 0.99",
+        "--optim.moments=bfloat16",
         "--optim.warmup-ratio=0.1",
         "--batch-size=5",
         "--microbatch-tokens=99",
@@ -524,6 +525,8 @@ def test_a_snapshot_says_what_it_lacks(tmp_path: Path) -> None:
         found.read("y", torch.zeros(3, 2))
     with pytest.raises(InputError, match=r"x has shape \[3, 2\], expected \[2, 3\]"):
         found.read("x", torch.zeros(2, 3))
+    with pytest.raises(InputError, match=r"x is torch.float32, expected torch.bfloat16"):
+        found.read("x", torch.zeros(3, 2, dtype=torch.bfloat16))
 
 
 def test_a_snapshot_that_cannot_be_written_leaves_nothing(
@@ -537,6 +540,25 @@ def test_a_snapshot_that_cannot_be_written_leaves_nothing(
     with pytest.raises(InputError, match=r"step-000002: cannot be written: No space left"):
         snapshot.save(tmp_path, 2, {"x": torch.ones(2)}, {}, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_moments_in_bf16_resume_to_the_bit(setup: Setup, tmp_path: Path, command: Command) -> None:
+    """From the middle of a run, whose later snapshots are taken away; fp32 is tested above."""
+    narrow = ["--optim.moments", "bfloat16", "--output"]
+    assert command(["train", str(setup.recipe), *narrow, str(tmp_path / "a")]).returncode == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, *later = sorted((tmp_path / "b" / "snapshots").iterdir())
+    for folder in (*later, tmp_path / "b" / "hf"):
+        shutil.rmtree(folder)
+    done = command([*resume(setup, tmp_path / "b"), "--optim.moments", "bfloat16"])
+    assert done.returncode == 0 and f"resuming after step {int(first.name[-6:])}" in done.stdout
+    states = [snapshot.newest(tmp_path / run / "snapshots", repair=False)[0] for run in "ab"]
+    for name, entry in states[0].tensors.items():  # type: ignore[union-attr]
+        kind = torch.float32 if name.startswith("param/") else torch.bfloat16
+        a, b = (torch.zeros(entry["shape"], dtype=kind) for _ in states)
+        for state, target in zip(states, (a, b), strict=True):
+            state.read(name, target)  # type: ignore[union-attr]
+        assert a.equal(b) and a.any(), name
 
 
 def test_export_is_the_runs_own_folder(setup: Setup, tmp_path: Path) -> None:

@@ -87,13 +87,20 @@ def cells(shape: dict[str, Any]) -> list[list[str]]:
                 one["provider"],
                 *(f"{one['timings'][mode]['median_ms']:.3f}" for mode in MODES),
                 f"{full['q20_ms']:.3f}-{full['q80_ms']:.3f}",
-                " / ".join(f"{one['tflops'][mode]:.3g}" for mode in MODES),
+                _rates(one),
                 f"{100 * one['roof_fraction']:.1f} %",
                 "" if one["extra_bytes"] is None else f"{one['extra_bytes'] / 1e9:.2f}",
                 _error(one),
             ]
         )
     return rows
+
+
+def _rates(one: dict[str, Any]) -> str:
+    """TFLOP/s, or GB/s of an operation that counts bytes alone."""
+    if rates := one.get("gb_s"):
+        return " / ".join(f"{rates[mode]:.0f}" for mode in MODES) + " GB/s"
+    return " / ".join(f"{one['tflops'][mode]:.3g}" for mode in MODES)
 
 
 def _error(one: dict[str, Any]) -> str:

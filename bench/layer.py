@@ -27,8 +27,9 @@ EPS = 1e-6
 
 
 def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
-    """A random layer, bf16 on a GPU, fp32 on a CPU, and a stream of B sequences of S tokens."""
-    stream = attention.make(sizes, device)  # its boundaries, and the dtype
+    """A random layer, bf16 on a GPU, fp32 on a CPU, and COUNT sequences of SEQ tokens."""
+    lengths = {"S": sizes["SEQ"], "B": sizes["COUNT"], "ragged": 0}
+    stream = attention.make({**sizes, **lengths}, device)  # its boundaries, and the dtype
     *_, bounds, longest = stream.arguments
     num_tokens, dtype = int(bounds[-1]), stream.dtype
     config = ModelConfig(
@@ -179,13 +180,13 @@ def _exact(
 
 OP = Op(
     name="layer",
-    gpu_sizes={
-        **{"S": 4700, "B": 1, "H": 40, "N": 8, "K": 128, "D": 5120, "F": 27648},
-        "ragged": 0,
-    },
-    cpu_sizes={"S": 24, "B": 4, "H": 4, "N": 2, "K": 16, "D": 48, "F": 80, "ragged": 0},
-    gpu_shapes=("S4700", "S8192xB4xD3584xF18944xH28xN4"),  # a GPU's share of s1; Qwen2.5-7B
-    cpu_shapes=("S24xragged",),
+    gpu_sizes={"SEQ": 4700, "COUNT": 1, "H": 40, "N": 8, "K": 128, "D": 5120, "F": 27648},
+    cpu_sizes={"SEQ": 24, "COUNT": 4, "H": 4, "N": 2, "K": 16, "D": 48, "F": 80},
+    gpu_shapes=(
+        "SEQ4700",  # a GPU's share of a step of s1
+        "SEQ8192xCOUNT4xH28xN4xD3584xF18944",  # Qwen2.5-7B
+    ),
+    cpu_shapes=("SEQ24",),
     make=make,
     reference=reference,
     ours=Provider("s1fast", ours),

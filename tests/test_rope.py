@@ -18,7 +18,7 @@ from tolerances import check_against_eager
 ON_GPU = torch.cuda.is_available()
 PATHS = ["reference", pytest.param("triton", marks=[pytest.mark.gpu] if ON_GPU else [])]
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-FAR = (1 << 31) + 16
+FAR = (1 << 30) + 16  # fits an int32, and so does a row's number: their product does not
 
 # (T, H, N, K): whole tiles of rows and ragged ones, halves of a power of two and of none, one
 # token, one head of each, none of the tokens.
@@ -126,16 +126,16 @@ def test_split_and_merge(device: str, dtype: torch.dtype, shape: tuple[int, ...]
 
 
 def far_apart(x: Tensor) -> Tensor:
-    """The same rows, more than 2^31 elements apart; only what is used of them takes memory."""
+    """The same rows, 2^30 elements apart; only what is used of them takes memory."""
     apart = torch.empty((len(x) - 1) * FAR + x[0].numel(), dtype=x.dtype, device=x.device)
     far = apart.as_strided(x.shape, (FAR, *x.stride()[1:]))
     return far.copy_(x)
 
 
 def test_tokens_and_heads_beyond_int32(device: str) -> None:
-    """The second token begins 4 GB behind the first; then the second head."""
-    x_THK = random(2, 2, 64, dtype=BF16, device=device)
-    cos_TR, sin_TR = tables(2, 64, device)
+    """The third token begins 4 GB behind the first; then the third head."""
+    x_THK = random(3, 3, 64, dtype=BF16, device=device)
+    cos_TR, sin_TR = tables(3, 64, device)
     wanted = rope(x_THK, cos_TR, sin_TR)
     heads = far_apart(x_THK.transpose(0, 1).contiguous()).transpose(0, 1)
     for far in (far_apart(x_THK), heads):

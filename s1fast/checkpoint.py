@@ -1,27 +1,29 @@
 """Hugging Face model folders in and out: config.json, safetensors shards, tokenizer files.
 
 Our weights are theirs with q, k, v and gate, up stacked along the rows; `layout` says how, and both
-directions walk it, a tensor at a time. Nothing is ever unpickled.
+directions walk it, a few rows at a time. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from s1fast.errors import InputError
 from s1fast.files import new_directory, read_json_object, write_atomic
 from s1fast.model import Model, ModelConfig
+from s1fast.ranks import ALONE, Ranks
+from s1fast.slices import Slice, slice_of
+from s1fast.tensor_files import DTYPES, TensorFiles, open_tensors, write_tensors
 
 CARRIED = (
     "generation_config.json",
@@ -35,8 +37,8 @@ CARRIED = (
 )
 """Files that travel with the weights, where the source folder has them."""
 
-SHARD_BYTES = 5 << 30
-_DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+SHARD_BYTES = 5 * 10**9
+PIECE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def layout(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
             start += rows
         return tuple(parts)
 
-    table = {"embed": stack(("model.embed_tokens.weight", vocab))}
+    table = {"embed.weight": stack(("model.embed_tokens.weight", vocab))}
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}.", f"model.layers.{i}."
         attn, mlp = theirs + "self_attn.", theirs + "mlp."
@@ -89,40 +91,27 @@ class Reader:
         if index.exists():
             files = _weight_map(index)
         elif single.exists():
-            files = dict.fromkeys(_open(single).keys(), single.name)
+            files = dict.fromkeys(open_tensors(single).keys(), single.name)
         else:
             raise InputError(f"{folder}: neither {single.name} nor {index.name} is there")
         self.folder, self.file_of = folder, files
-        self._handles: dict[str, Any] = {}
+        self._files = TensorFiles(folder)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._files.part(self.file_of[name], name).get_shape())
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start to stop of a tensor, in its stored dtype; only these are read."""
-        part = self._slice(name)
-        if part.get_dtype() not in _DTYPES:
+        self.check_dtype(name)
+        return self._files.part(self.file_of[name], name)[start:stop]
+
+    def check_dtype(self, name: str) -> None:
+        found = self._files.part(self.file_of[name], name).get_dtype()
+        if found not in DTYPES.values():
             raise InputError(
-                f"{self.folder / self.file_of[name]}: {name} is stored as {part.get_dtype()}; "
-                f"expected one of {', '.join(_DTYPES)}"
+                f"{self.folder / self.file_of[name]}: {name} is stored as {found}; "
+                f"expected one of {', '.join(DTYPES.values())}"
             )
-        return part[start:stop]
-
-    def _slice(self, name: str) -> Any:
-        file = self.file_of[name]
-        if file not in self._handles:
-            self._handles[file] = _open(self.folder / file)
-        try:
-            return self._handles[file].get_slice(name)
-        except SafetensorError as error:
-            raise InputError(f"{self.folder / file}: no tensor {name}: {error}") from None
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a usable safetensors file: {error}") from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -148,15 +137,18 @@ def read_config(folder: Path) -> ModelConfig:
 def load_weights(model: Model, folder: Path) -> None:
     """Fills the model's parameters from a folder, casting to their dtype.
 
+    Where they are cut along their rows, as FSDP2 cuts them, only this rank's rows are read.
+
     Raises:
-        InputError: tensors that are missing, left over or of another shape, by name.
+        InputError: tensors that are missing, left over, or of another shape or dtype, by name; the
+            same on all ranks.
     """
     reader = check_weights(model, folder)
     parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for ours, stacked in layout(model.config).items():
-            for part in stacked:
-                parameters[ours][part.start : part.stop].copy_(reader.rows(part.name))
+    for ours, stacked in layout(model.config).items():
+        target = slice_of(parameters[ours])
+        for part in stacked:
+            target.fill(part.start, part.stop, functools.partial(reader.rows, part.name))
 
 
 def check_weights(model: Model, folder: Path) -> Reader:
@@ -178,6 +170,7 @@ def check_weights(model: Model, folder: Path) -> Reader:
                     f"{folder / reader.file_of[part.name]}: {part.name} has shape {found}, "
                     f"config.json implies {wanted}"
                 )
+            reader.check_dtype(part.name)
     return reader
 
 
@@ -203,45 +196,96 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     return model
 
 
+Read = Callable[[str, Slice], None]
+"""Fills rows of one of our parameters, named, from wherever it lies, casting."""
+
+
 def save_model(
     model: Model, source: Path, target: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
 ) -> None:
+    """save_weights of a model that this one process holds."""
+    parameters = dict(model.named_parameters())
+
+    def read(name: str, part: Slice) -> None:
+        whole = parameters[name].detach()
+        part.fill(0, len(whole), lambda start, stop: whole[start:stop])
+
+    save_weights(model.config, read, source, target, dtype, shard_bytes=shard_bytes)
+
+
+def save_weights(
+    config: ModelConfig,
+    read: Read,
+    source: Path,
+    target: Path,
+    dtype: torch.dtype,
+    ranks: Ranks = ALONE,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes a folder that transformers and s1fast load: whole, or not at all.
 
+    Holds PIECE_BYTES of the model at a time. Several ranks share out the files among them, which
+    are the same whatever their number.
+
     Args:
+        read: gives any rows of the model, on every rank.
         source: folder that config.json, tokenizer and generation files are taken from.
         target: must not exist.
         dtype: of the stored weights.
-        shard_bytes: most bytes in one file; one shard at a time is held in memory.
+        shard_bytes: most bytes in one file, unless a tensor alone is larger.
     """
-    parameters = dict(model.named_parameters())
-    table = layout(model.config)
-    shards = list(_shards(parameters, table, dtype, shard_bytes))
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Model(config).named_parameters()}
+    shards = list(_shards(shapes, layout(config), dtype, shard_bytes))
     names = _shard_names(len(shards))
-    with new_directory(target) as folder:
-        for name, shard in zip(names, shards, strict=True):
-            tensors = {}
-            for ours, part in shard:
-                rows = parameters[ours].detach()[part.start : part.stop]
-                # A copy always: safetensors refuses tensors that share memory.
-                tensors[part.name] = rows.to(device="cpu", dtype=dtype, copy=True).contiguous()
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-        if len(shards) > 1:
-            where = {p.name: n for n, shard in zip(names, shards, strict=True) for _, p in shard}
-            total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
-        config = read_json_object(source / "config.json")
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        write_atomic(folder / "config.json", json.dumps(config, indent=2))
-        for name in CARRIED:
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
+    where = {part.name: n for n, shard in zip(names, shards, strict=True) for _, part in shard}
+    with new_directory(target, ranks) as folder:
+        for name, shard in list(zip(names, shards, strict=True))[ranks.rank :: ranks.world]:
+            tensors = {
+                part.name: (dtype, (part.stop - part.start, *shapes[ours][1:]))
+                for ours, part in shard
+            }
+            pieces = _pieces(read, shard, shapes, dtype)
+            write_tensors(folder / name, tensors, pieces, {"format": "pt"})
+        if ranks.rank == 0:
+            total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+            _write_companions(folder, source, dtype, where if len(shards) > 1 else {}, total)
+
+
+def _pieces(
+    read: Read,
+    shard: list[tuple[str, Part]],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """A file's tensors, some rows at a time."""
+    for ours, part in shard:
+        step = max(1, PIECE_BYTES // (math.prod(shapes[ours][1:]) * dtype.itemsize))
+        for start in range(part.start, part.stop, step):
+            rows = min(step, part.stop - start)
+            piece = torch.empty(rows, *shapes[ours][1:], dtype=dtype)
+            read(ours, Slice(piece, start, shapes[ours]))
+            yield piece
+
+
+def _write_companions(
+    folder: Path, source: Path, dtype: torch.dtype, where: dict[str, str], total: int
+) -> None:
+    """What lies beside the weights: index, config.json, tokenizer."""
+    if where:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+    config = read_json_object(source / "config.json")
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_atomic(folder / "config.json", json.dumps(config, indent=2))
+    for name in CARRIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _shards(
-    parameters: dict[str, torch.nn.Parameter],
+    shapes: dict[str, tuple[int, ...]],
     table: dict[str, tuple[Part, ...]],
     dtype: torch.dtype,
     shard_bytes: int,
@@ -249,7 +293,7 @@ def _shards(
     shard: list[tuple[str, Part]] = []
     held = 0
     for ours, stacked in table.items():
-        row_bytes = parameters[ours][0].numel() * dtype.itemsize
+        row_bytes = math.prod(shapes[ours][1:]) * dtype.itemsize
         for part in stacked:
             size = (part.stop - part.start) * row_bytes
             if shard and held + size > shard_bytes:

@@ -107,7 +107,15 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences in an optimizer step."""
     microbatch_tokens: int = 32768
-    """Tokens in one packed forward and backward pass; a step takes as many passes as it needs."""
+    """Tokens of a device in one forward and backward pass; a step takes as many as it needs."""
+    recompute: Literal["auto", "none", "full"] = "auto"
+    """What backward computes again rather than keep: nothing that costs a matrix product, every
+    layer, or, chosen for each pass by its tokens, as little as fits."""
+    activation_gb: float = 0.0
+    """Memory of a device for what forward keeps, in GB, where recompute is auto; 0 for what is
+    free at the start."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients are summed over devices; bfloat16 halves that traffic."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic; weights are fp32 always. auto: bfloat16 on GPU, float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -135,6 +143,7 @@ def check(config: TrainConfig) -> None:
         ("max_steps", config.max_steps >= 0, "must not be negative"),
         ("batch_size", config.batch_size >= 1, "must be at least 1"),
         ("microbatch_tokens", config.microbatch_tokens >= 1, "must be at least 1"),
+        ("activation_gb", 0 <= config.activation_gb < math.inf, "must be a number from 0"),
         ("data.max_length", config.data.max_length >= 2, "must be at least 2"),
         ("data.preview", config.data.preview >= 0, "must not be negative"),
         ("optim.lr", 0 <= o.lr < math.inf, "must be a number from 0"),
@@ -212,6 +221,11 @@ def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
         if a != b and name not in _FREE and name.split(".")[0] not in _FREE:
             lines.append(f"{name}: {a!r}, was {b!r}")
     return lines
+
+
+def flat(config: TrainConfig) -> dict[str, str]:
+    """Dotted name -> value of every field, for people to compare."""
+    return {name: str(_value(config, name)) for name in field_names(TrainConfig)}
 
 
 def field_names(cls: type, prefix: str = "") -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from s1fast.errors import InputError
+from s1fast.ranks import ALONE, Ranks
 
 
 def read_bytes(path: Path) -> bytes:
@@ -87,12 +88,33 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
     """Yields an empty folder that becomes `target` when the block ends without an error.
 
     Every file in it is flushed first. An existing target is an InputError before anything is
     written; on an error the folder is removed and `target` never appears.
+
+    Where there are several ranks all of them write to the folder, and it is made when the block has
+    ended without an error on each. There is no exchange within the block.
     """
+    temporary = None
+    try:
+        with ranks.together():
+            if ranks.rank == 0:
+                temporary = _temporary_directory(target)
+        name = ranks.exchange("" if temporary is None else str(temporary))[0]
+        with ranks.together(), _errors_name(target):
+            yield Path(name)
+        with ranks.together(), _errors_name(target):
+            if temporary is not None:
+                _put_in_place(temporary, target)
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _temporary_directory(target: Path) -> Path:
     if os.path.lexists(target):
         raise InputError(f"{target}: exists already; choose another folder or remove this one")
     make_directory(target.parent)
@@ -100,23 +122,26 @@ def new_directory(target: Path) -> Iterator[Path]:
         name = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     except OSError as error:
         raise InputError(f"{target}: cannot be created: {error.strerror or error}") from None
-    temporary = Path(name)
+    return Path(name)
+
+
+@contextlib.contextmanager
+def _errors_name(target: Path) -> Iterator[None]:
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)  # some writers make files private
-            fsync(file)
-        temporary.chmod(0o755)
-        fsync(temporary)
-        temporary.rename(target)
-        fsync(target.parent)
+        yield
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{target}: cannot be written: {reason}") from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    for file in temporary.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # some writers make files private
+        fsync(file)
+    temporary.chmod(0o755)
+    fsync(temporary)
+    temporary.rename(target)
+    fsync(target.parent)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -78,17 +78,21 @@ class StepRecord:
     labels: int
     step_s: float
     tokens_per_s: float
+    """Of one device, as are tflops and mfu."""
     tflops: float
     mfu: float
+    imbalance: float
+    """FLOPs of the slowest group of ranks over the mean, 1 if all work alike."""
     eta_s: float
     dollars: float
 
     def line(self, num_steps: int) -> str:
         cost = f"  ${self.dollars:.2f}" if self.dollars else ""
+        uneven = f"  imbalance {self.imbalance:.3f}" if self.imbalance > 1 else ""
         return (
             f"step {self.step}/{num_steps}  loss {self.loss:.4f}  gnorm {self.grad_norm:.3g}  "
             f"lr {self.lr:.2e}  {self.step_s:.2f} s  {self.tokens_per_s:,.0f} tok/s  "
-            f"MFU {self.mfu:.1%}  eta {duration(self.eta_s)}{cost}"
+            f"MFU {self.mfu:.1%}{uneven}  eta {duration(self.eta_s)}{cost}"
         )
 
 

@@ -27,6 +27,7 @@ from s1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from s1fast.kernels.norm_qkv import norm_qkv
 from s1fast.kernels.rms_norm import rms_norm
 from s1fast.kernels.swiglu import swiglu
+from s1fast.slices import slice_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -289,6 +290,17 @@ class Layer(nn.Module):
         return swiglu(_linear(normed_TD, self.gate_up_weight))
 
 
+class Embedding(nn.Module):
+    """Token embeddings: a module of their own, so that they are a unit of sharding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.weight)
+
+
 class Head(nn.Module):
     """Final norm and vocabulary projection, with the loss: one unit, so that logits need not exist.
 
@@ -301,6 +313,22 @@ class Head(nn.Module):
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         shape = (config.vocab_size, config.hidden_size)
         self.weight = None if config.tie_word_embeddings else nn.Parameter(torch.empty(shape))
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        tied_VD: Tensor | None,
+        label_T: Tensor,
+        loss_weight_T: Tensor,
+        valid_rows: Tensor,
+        bad_labels: Tensor | None,
+    ) -> Tensor:
+        """The loss, weighted; tied_VD is the embedding where `weight` is None."""
+        weight_VD = self.weight if tied_VD is None else tied_VD
+        normed_TD = rms_norm(hidden_TD, self.norm, self.eps)
+        return linear_cross_entropy(
+            normed_TD, weight_VD, label_T, loss_weight_T, valid_rows, bad_labels=bad_labels
+        )
 
 
 class Model(nn.Module):
@@ -315,7 +343,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.embed = Embedding(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.head = Head(config)
         self.compiled = False
@@ -345,7 +373,8 @@ class Model(nn.Module):
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if weight.ndim == 2:
-                    weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+                    drawn = torch.randn(weight.shape, generator=generator) * std
+                    slice_of(weight).fill(0, len(drawn), lambda a, b, drawn=drawn: drawn[a:b])
                 else:
                     weight.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
@@ -369,7 +398,7 @@ class Model(nn.Module):
         Returns:
             hidden_TD in compute_dtype.
         """
-        hidden_TD = F.embedding(ids_T, self.embed).to(self.compute_dtype)
+        hidden_TD = self.embed(ids_T).to(self.compute_dtype)
         freq_R = inverse_frequencies(self.config).to(positions_T.device, non_blocking=True)
         angle_TR = positions_T[:, None].float() * freq_R
         cos_TR, sin_TR = angle_TR.cos(), angle_TR.sin()
@@ -390,7 +419,7 @@ class Model(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, D) vocabulary projection, tied or not."""
-        return self.embed if self.head.weight is None else self.head.weight
+        return self.embed.weight if self.head.weight is None else self.head.weight
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) logits of the given rows in compute_dtype."""
@@ -405,15 +434,8 @@ class Model(nn.Module):
         bad_labels: Tensor | None = None,
     ) -> Tensor:
         """Weighted cross-entropy; arguments as linear_cross_entropy takes them."""
-        normed_TD = rms_norm(hidden_TD, self.head.norm, self.head.eps)
-        return linear_cross_entropy(
-            normed_TD,
-            self.head_weight,
-            label_T,
-            loss_weight_T,
-            valid_rows,
-            bad_labels=bad_labels,
-        )
+        tied_VD = self.embed.weight if self.head.weight is None else None
+        return self.head(hidden_TD, tied_VD, label_T, loss_weight_T, valid_rows, bad_labels)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

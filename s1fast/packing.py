@@ -1,13 +1,13 @@
 """From examples to packed streams: order, batches, labels, weights, all on the host.
 
 A step's batch is `batch_size` sequences in a seeded order; it is laid out as one or more packed
-streams of bounded length. `loss_weight_T` holds mask and normalisation, computed over the whole
-batch, so the summed loss does not depend on how the batch is cut into streams.
+streams, and a stream may be cut evenly over ranks. `loss_weight_T` holds mask and normalisation,
+computed over the whole batch, so the summed loss does not depend on streams or ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -27,6 +27,7 @@ class PackedBatch:
 
     ids_T, positions_T, label_T: int64, label -100 where there is no loss. loss_weight_T: fp32.
     valid_rows: int64 indices of the labelled rows. cu_seqlens: (B + 1,) int32, stays on the host.
+    Of a stream cut over ranks, all but cu_seqlens and max_seqlen is this rank's part.
     """
 
     ids_T: Tensor
@@ -79,7 +80,9 @@ def label_counts(examples: Sequence[Example]) -> list[int]:
 
 
 def pack_batch(
-    examples: Sequence[Example], loss_weight: LossWeight, max_tokens: int
+    examples: Sequence[Example],
+    loss_weight: LossWeight,
+    streams: Iterable[Sequence[int]] | None = None,
 ) -> Iterator[PackedBatch]:
     """Lays a step's sequences out as packed streams.
 
@@ -87,7 +90,8 @@ def pack_batch(
         examples: the batch; B counts those with a label.
         loss_weight: "sample" gives a label of sequence i the weight 1 / (B n_i), "token" gives
             every label 1 / sum_i n_i.
-        max_tokens: most tokens in a stream; a longer sequence has a stream of its own.
+        streams: indices of each stream's sequences; None for one stream of all. An empty one
+            becomes two tokens of weight 0, so that its rank takes part in every collective.
     """
     counts = label_counts(examples)
     num_labelled = sum(count > 0 for count in counts)
@@ -97,15 +101,12 @@ def pack_batch(
         else 1.0 / max(1, sum(counts))
         for count in counts
     ]
-    group: list[int] = []
-    held = 0
-    for i, example in enumerate(examples):
-        if group and held + len(example.ids) > max_tokens:
-            yield pack([examples[j] for j in group], [weights[j] for j in group])
-            group, held = [], 0
-        group.append(i)
-        held += len(example.ids)
-    yield pack([examples[j] for j in group], [weights[j] for j in group])
+    for stream in [range(len(examples))] if streams is None else streams:
+        chosen = [examples[i] for i in stream] or [_DUMMY]
+        yield pack(chosen, [weights[i] for i in stream] or [0.0])
+
+
+_DUMMY = Example((0, 0), (False, False), "dummy")
 
 
 def pack(examples: Sequence[Example], weights: Sequence[float]) -> PackedBatch:
@@ -130,3 +131,33 @@ def pack(examples: Sequence[Example], weights: Sequence[float]) -> PackedBatch:
         cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=max(lengths),
     )
+
+
+ALIGNMENT = 16
+"""Tokens of a rank's part are a multiple of it: Triton compiles a kernel once more for others."""
+
+
+def part_tokens(num_tokens: int, num_parts: int) -> int:
+    """Tokens in each part of a stream; the only part of an uncut one needs no padding."""
+    if num_parts == 1:
+        return num_tokens
+    return -(-num_tokens // (num_parts * ALIGNMENT)) * ALIGNMENT
+
+
+def cut(stream: PackedBatch, index: int, num_parts: int) -> PackedBatch:
+    """Part `index` of a stream cut evenly over ranks, wherever that falls within a sequence.
+
+    The stream is padded to equal parts with tokens that belong to no sequence and have no label.
+    """
+    if num_parts == 1:
+        return stream
+    size = part_tokens(len(stream.ids_T), num_parts)
+    start = index * size
+    parts = {}
+    for name, filler in (("ids_T", 0), ("positions_T", 0), ("label_T", -100), ("loss_weight_T", 0)):
+        whole = getattr(stream, name)
+        part = whole.new_full((size,), filler)
+        held = whole[start : start + size]
+        part[: len(held)] = held
+        parts[name] = part
+    return replace(stream, valid_rows=(parts["label_T"] != -100).nonzero()[:, 0], **parts)

@@ -17,6 +17,7 @@ from torch import Tensor
 from s1fast import checkpoint
 from s1fast.checkpoint import CARRIED, Reader, layout, load_model, read_config, save_model
 from s1fast.errors import InputError
+from s1fast.tensor_files import write_tensors
 
 CPU = torch.device("cpu")
 MakeModel = Callable[..., Path]
@@ -194,13 +195,13 @@ def test_a_failure_while_writing_leaves_nothing(
     """The disk fills up after the first shard."""
     written = []
 
-    def failing(tensors: dict[str, Tensor], path: Path, **kwargs: Any) -> None:
+    def failing(path: Path, *arguments: Any) -> None:
         if written:
             raise OSError(28, "No space left on device")
-        save_file(tensors, path, **kwargs)
+        write_tensors(path, *arguments)
         written.append(path)
 
-    monkeypatch.setattr(checkpoint, "save_file", failing)
+    monkeypatch.setattr(checkpoint, "write_tensors", failing)
     model = load_model(source, CPU, torch.float32)
     target = tmp_path / "deep" / "out"
     with pytest.raises(InputError, match=rf"{re.escape(str(target))}: .*No space left"):
@@ -209,7 +210,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
 
 def test_a_real_full_disk_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    """The system refuses to let a file grow: what safetensors raises then is no OSError."""
+    """The system refuses to let a file grow."""
     model = load_model(source, CPU, torch.float32)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
@@ -225,11 +226,11 @@ def test_a_real_full_disk_leaves_nothing(source: Path, tmp_path: Path) -> None:
 def test_an_interruption_while_writing_leaves_nothing(
     error: BaseException, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(tensors: dict[str, Tensor], path: Path, **kwargs: Any) -> None:
+    def failing(path: Path, *arguments: Any) -> None:
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", failing)
+    monkeypatch.setattr(checkpoint, "write_tensors", failing)
     with pytest.raises(type(error)):
         save_model(load_model(source, CPU, torch.float32), source, tmp_path / "out", torch.float32)
     assert not any(tmp_path.iterdir())

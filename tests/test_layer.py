@@ -23,7 +23,8 @@ from s1fast.kernels.linear import linear_residual
 from s1fast.kernels.norm_qkv import norm_qkv
 from s1fast.kernels.packed_attention import packed_attention
 from s1fast.model import Attend, Layer, Model, ModelConfig, Recompute, kept_bytes
-from s1fast.trainer import Trainer
+from s1fast.parallel import Layout
+from s1fast.step import Trainer
 from tolerances import check_against_eager
 
 CPU = torch.device("cpu")
@@ -364,7 +365,7 @@ class Steps:
         )
         model = Model(config(num_hidden_layers=2), compute_dtype=torch.bfloat16)
         model.materialise(torch.device("cpu"), torch.float32).init_random(0, std=0.05)
-        self.trainer = Trainer(recipe, model, examples, torch.device("cpu"))
+        self.trainer = Trainer(recipe, model, examples, Layout(CPU))
 
     def take(self) -> list[Tensor]:
         losses = [self.trainer.step(step).loss for step in range(4)]
@@ -384,7 +385,7 @@ def test_training_compiled_is_training(fresh_dynamo: None) -> None:
 def test_attention_that_cannot_be_compiled_is_refused() -> None:
     with pytest.raises(InputError, match="compile: attention 'reference' cannot"):
         recipe = TrainConfig(compile=True, attention="reference")
-        Trainer(recipe, make(torch.float32), [Example((1, 2), (False, True), "")] * 16, CPU)
+        Trainer(recipe, make(torch.float32), [Example((1, 2), (False, True), "")] * 16, Layout(CPU))
 
 
 def test_a_layer_is_traced_whole(fresh_dynamo: None) -> None:

@@ -20,7 +20,7 @@ from s1fast.errors import InputError
 from s1fast.kernels.packed_attention import packed_attention
 from s1fast.model import Model, ModelConfig, inverse_frequencies
 from s1fast.packing import PackedBatch, pack
-from s1fast.trainer import stream_loss
+from s1fast.step import stream_loss
 
 CPU = torch.device("cpu")
 
@@ -383,8 +383,8 @@ def test_random_init_is_reproducible_and_seeded() -> None:
 
     first, again, other = weights(0), weights(0), weights(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["embed"], other["embed"])
+    assert not torch.equal(first["embed.weight"], other["embed.weight"])
     assert first["layers.0.qkv_bias"].count_nonzero() == 0
     assert (first["layers.0.input_norm"] == 1).all() and (first["head.norm"] == 1).all()
     # 512 x 64 draws: their standard deviation is off by at most 4 / sqrt(2 n) = 1.6 %.
-    assert abs(first["embed"].std() / 0.02 - 1) < 0.016
+    assert abs(first["embed.weight"].std() / 0.02 - 1) < 0.016

@@ -17,16 +17,19 @@ from s1fast.model import Model
 from s1fast.packing import (
     LossWeight,
     PackedBatch,
+    cut,
     epoch_order,
     label_counts,
     pack,
     pack_batch,
+    part_tokens,
     step_indices,
     steps_per_epoch,
 )
-from s1fast.trainer import stream_loss
+from s1fast.step import stream_loss
 
 CPU = torch.device("cpu")
+Streams = list[list[int]] | None
 
 
 def example(ids: list[int], labelled: str) -> Example:
@@ -141,36 +144,45 @@ def test_a_stream_by_hand() -> None:
         ("token", [0, 1 / 4, 0, 1 / 4, 1 / 4, 1 / 4, 0, 0, 0]),
     ],
 )
-@pytest.mark.parametrize("max_tokens", [1, 4, 7, 9, 100])
-def test_weights_by_hand(loss_weight: LossWeight, weights: list[float], max_tokens: int) -> None:
+@pytest.mark.parametrize("streams", [None, [[0, 1, 2]], [[0], [1, 2]], [[0, 1], [2]]])
+def test_weights_by_hand(loss_weight: LossWeight, weights: list[float], streams: Streams) -> None:
     """However the batch is cut, a label's weight is the same, and all of them make 1."""
-    streams = list(pack_batch(SMALL, loss_weight, max_tokens))
-    found = torch.cat([stream.loss_weight_T for stream in streams])
+    packed = list(pack_batch(SMALL, loss_weight, streams))
+    found = torch.cat([stream.loss_weight_T for stream in packed])
     assert torch.equal(found, torch.tensor(weights, dtype=torch.float32))
     assert abs(float(found.double().sum()) - 1) < 4 * 2**-24  # four weights, each rounded
 
 
-def test_streams_are_bounded_and_whole() -> None:
-    """Sequences stay in order and in one piece; a longer one has a stream of its own."""
-    lengths = [5, 3, 9, 30, 1, 1, 10, 10, 2]
-    examples = random_examples(lengths)
-    streams = list(pack_batch(examples, "sample", 10))
-    assert [stream.cu_seqlens.diff().tolist() for stream in streams] == [
-        [5, 3],
-        [9],
-        [30],
-        [1, 1],
-        [10],
-        [10],
-        [2],
-    ]
-    assert torch.cat([stream.ids_T for stream in streams]).tolist() == [
-        i for e in examples for i in e.ids
-    ]
+def test_streams_hold_what_they_are_told_to() -> None:
+    """An empty one is two tokens of weight 0: its rank has something to run."""
+    examples = random_examples([5, 3, 9])
+    first, empty, last = pack_batch(examples, "sample", [[2, 0], [], [1]])
+    assert first.cu_seqlens.tolist() == [0, 9, 14]
+    assert tuple(first.ids_T.tolist()) == examples[2].ids + examples[0].ids
+    assert empty.cu_seqlens.tolist() == [0, 2] and empty.valid_rows.tolist() == []
+    assert tuple(last.ids_T.tolist()) == examples[1].ids
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
+def test_parts_make_the_stream(num_parts: int) -> None:
+    """Of equal size; the padding is in no sequence and has no label."""
+    (stream,) = pack_batch(random_examples([31, 5, 2, 60, 17]), "sample")
+    parts = [cut(stream, i, num_parts) for i in range(num_parts)]
+    size = part_tokens(115, num_parts)
+    assert {len(part.ids_T) for part in parts} == {size}
+    if num_parts > 1:
+        assert size % 16 == 0 and 115 <= size * num_parts < 115 + num_parts * 16
+    for name, filler in (("ids_T", 0), ("positions_T", 0), ("label_T", -100), ("loss_weight_T", 0)):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined[:115], getattr(stream, name))
+        assert (joined[115:] == filler).all()
+    rows = torch.cat([part.valid_rows + i * size for i, part in enumerate(parts)])
+    assert torch.equal(rows, stream.valid_rows)
+    assert all(part.cu_seqlens is stream.cu_seqlens for part in parts)
 
 
 def test_a_batch_without_labels_has_no_weight() -> None:
-    (stream,) = pack_batch([example([1, 2, 3], "x.."), example([4], "x")], "sample", 100)
+    (stream,) = pack_batch([example([1, 2, 3], "x.."), example([4], "x")], "sample")
     assert stream.valid_rows.tolist() == []
     assert stream.loss_weight_T.count_nonzero() == 0
 
@@ -205,12 +217,12 @@ def test_sequences_do_not_see_each_other(model_type: str, make_model: Callable[.
 
 
 def loss_and_grads(
-    model: Model, examples: list[Example], loss_weight: LossWeight, max_tokens: int
+    model: Model, examples: list[Example], loss_weight: LossWeight, streams: Streams = None
 ) -> tuple[float, Tensor]:
     """A step's loss and gradients, summed over its streams as the trainer does."""
     model.zero_grad(set_to_none=True)
     loss = torch.zeros(())
-    for stream in pack_batch(examples, loss_weight, max_tokens):
+    for stream in pack_batch(examples, loss_weight, streams):
         partial = stream_loss(model, stream)
         partial.backward()
         loss += partial.detach()
@@ -227,12 +239,15 @@ def test_loss_and_gradients_do_not_depend_on_packing(
     2e-6 in norm holds with room, and one sequence left out or weighed wrongly moves percents."""
     model = load_model(make_model("qwen2"), CPU, torch.float32)
     examples = random_examples([31, 5, 2, 60, 17, 26])
-    loss, grads = loss_and_grads(model, examples, loss_weight, 1000)
+    loss, grads = loss_and_grads(model, examples, loss_weight)
     assert len(grads) == sum(p.numel() for p in model.parameters())
     draw = random.Random(0)
-    for max_tokens in (1, 40, 70, 141, 1000):
+    for num_streams in (1, 2, 3, 6, 8):
         shuffled = draw.sample(examples, len(examples))
-        again, again_grads = loss_and_grads(model, shuffled, loss_weight, max_tokens)
+        streams: list[list[int]] = [[] for _ in range(num_streams)]
+        for i in range(len(shuffled)):
+            streams[draw.randrange(num_streams)].append(i)
+        again, again_grads = loss_and_grads(model, shuffled, loss_weight, streams)
         assert abs(again - loss) <= 2e-6 * abs(loss)
         assert float((again_grads - grads).norm()) <= 2e-6 * float(grads.norm())
 
@@ -241,11 +256,11 @@ def test_sample_and_token_weights_differ(make_model: Callable[..., Path]) -> Non
     """With unequal lengths the two losses are different means, each by its definition."""
     model = load_model(make_model("qwen2"), CPU, torch.float32)
     examples = random_examples([31, 5, 2, 60])
-    alone = [loss_and_grads(model, [e], "sample", 1000)[0] for e in examples]
+    alone = [loss_and_grads(model, [e], "sample")[0] for e in examples]
     counts = label_counts(examples)
     by_sample = sum(alone) / 4
     by_token = sum(a * n for a, n in zip(alone, counts, strict=True)) / sum(counts)
     assert abs(by_sample / by_token - 1) > 1e-2
     for loss_weight, wanted in (("sample", by_sample), ("token", by_token)):
-        found, _ = loss_and_grads(model, examples, loss_weight, 1000)
+        found, _ = loss_and_grads(model, examples, loss_weight)
         assert abs(found - wanted) <= 2e-6 * wanted  # fp32, as above

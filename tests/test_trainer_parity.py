@@ -21,7 +21,8 @@ from s1fast.config import DataConfig, OptimConfig, TrainConfig
 from s1fast.kernels import packed_attention_triton
 from s1fast.kernels.jit import INTERPRETED
 from s1fast.packing import label_counts, step_indices
-from s1fast.trainer import Trainer
+from s1fast.parallel import Layout
+from s1fast.step import Trainer
 
 CPU = torch.device("cpu")
 
@@ -121,7 +122,7 @@ def our_run(
     folder: Path, examples: list[Example], c: TrainConfig
 ) -> tuple[Curve, dict[str, Tensor]]:
     """The same of our trainer, the weights under Hugging Face's names."""
-    trainer = Trainer(c, load_model(folder, CPU, torch.float32), examples, CPU)
+    trainer = Trainer(c, load_model(folder, CPU, torch.float32), examples, Layout(CPU))
     results = [trainer.step(step) for step in range(trainer.num_steps)]
     weights = {
         part.name: trainer.model.get_parameter(name).detach()[part.start : part.stop]
@@ -204,7 +205,7 @@ def test_attention_is_the_recipes(
         config = recipe(S1, 10_000, max_steps=2, attention=attention)
         model = load_model(folder, CPU, torch.float32)
         model.compute_dtype = torch.bfloat16
-        trainer = Trainer(config, model, short_examples(8), CPU)
+        trainer = Trainer(config, model, short_examples(8), Layout(CPU))
         assert trainer.attention == attention
         results = [trainer.step(step) for step in range(2)]
         curves.append([(float(r.loss), float(r.grad_norm)) for r in results])

@@ -1,0 +1,325 @@
+"""Ranks: who they are, how a model is sharded over them, and attention across them.
+
+Parameters, gradients and optimizer state are sharded over all ranks, a unit a layer (FSDP2). A
+stream of tokens is sharded over the u ranks of a group (Ulysses): everything but attention works
+token by token; around attention an all-to-all turns token shards into head shards and back. A rank
+is part of the one world mesh and of one such group.
+
+    rank       0 1 2 3 | 4 5 6 7       world 8, u 4: two groups
+    stream     a a a a | b b b b       a quarter of the tokens each; in attention, of the heads
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from s1fast.errors import InputError
+from s1fast.kernels.packed_attention import Backend, packed_attention
+from s1fast.model import Model
+from s1fast.ranks import ALONE, Ranks, process_group
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a collective waits for the last rank. Longer than a rank may take to load or to save;
+one that died is noticed sooner, by torchrun, by its closed connections or by its group."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks with a communicator, by its name: a compiled graph can hold no more."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This process among the others."""
+
+    device: torch.device
+    ranks: Ranks = ALONE
+    ulysses: int = 1
+    """Ranks that share a stream, all on one node and consecutive."""
+    mesh: DeviceMesh | None = None
+    """All ranks, for FSDP. None: one process whose weights are whole."""
+    group: Group | None = None
+    """The ranks that share this one's stream; None where it has none to share with."""
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world(self) -> int:
+        return self.ranks.world
+
+    @property
+    def num_groups(self) -> int:
+        return self.world // self.ulysses
+
+    @property
+    def group_index(self) -> int:
+        """Which of a pass's streams is this rank's."""
+        return self.rank // self.ulysses
+
+    @property
+    def part(self) -> int:
+        """Which part of its stream is this rank's."""
+        return self.rank % self.ulysses
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums a tensor over all ranks, in place; the host does not wait for a GPU."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def smallest(self, value: int) -> int:
+        """The least of all ranks' values."""
+        return min(map(int, self.ranks.exchange(str(value))))
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """Raises InputError on every rank where one has other facts, by the same names, than 0."""
+        everyone = [json.loads(text) for text in self.ranks.exchange(json.dumps(facts))]
+        for rank, theirs in enumerate(everyone):
+            for name, first in everyone[0].items():
+                if theirs[name] != first:
+                    raise InputError(
+                        f"the ranks disagree on {name}: {theirs[name]} on rank {rank}, {first} on "
+                        "rank 0; start all of them with the same"
+                    )
+
+
+def gpus_per_node(layout: Layout) -> int:
+    """How many ranks torchrun started on each node; InputError where nodes differ."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1") if launched() else "1"
+    layout.agree({"the number of processes on a node": here})
+    return int(here)
+
+
+def ulysses_degree(gpus_per_node: int, heads: int, kv_heads: int) -> int:
+    """How many ranks share a stream: the most of a node that the heads can be dealt to evenly.
+
+    The largest divisor of gpus_per_node that divides the query heads and divides, or is a multiple
+    of, the key-value heads, which then are repeated.
+    """
+    return max(
+        u
+        for u in range(1, gpus_per_node + 1)
+        if gpus_per_node % u == 0 and heads % u == 0 and (kv_heads % u == 0 or u % kv_heads == 0)
+    )
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(device: torch.device) -> Layout:
+    """Meets the ranks that torchrun started; without it, the one process is the world.
+
+    A GPU is always driven by FSDP, a world of one included, which needs no launcher; a lone CPU
+    process keeps its weights whole.
+
+    Raises:
+        InputError: a world that does not come together.
+    """
+    if not launched() and device.type == "cpu":
+        return Layout(device)
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    known: dict[str, Any] = {"timeout": TIMEOUT}
+    if not launched():
+        known |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        known["device_id"] = device
+    try:  # gloo carries what the host has to say
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **known)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
+    mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
+    return Layout(device, process_group(), mesh=mesh)
+
+
+def share_streams(layout: Layout, degree: int) -> Layout:
+    """The layout with streams shared by `degree` consecutive ranks; all ranks call it.
+
+    Raises:
+        ValueError: degree does not divide the number of ranks.
+    """
+    if layout.world % degree:
+        raise ValueError(f"{layout.world} ranks cannot be dealt to groups of {degree}")
+    if degree == 1:
+        return layout
+    # A communicator of its own, also where it spans the world: FSDP's is busy.
+    group, _ = dist.new_subgroups(degree)
+    return replace(layout, ulysses=degree, group=Group(group.group_name, degree))
+
+
+def leave() -> None:
+    """Ends what join began."""
+    if dist.is_initialized():
+        gc.collect()  # before the groups that tensors and modules still refer to
+        dist.destroy_process_group()
+
+
+# -- sharding --------------------------------------------------------------------------------------
+
+
+def shard_model(
+    model: Model, layout: Layout, reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+) -> None:
+    """Shards parameters and gradients over all ranks in place; the model may be on meta still.
+
+    A layer is gathered in compute_dtype two layers ahead, freed after use, and gathered again for
+    backward. Every backward sums gradients over the ranks into fp32 shards: loss weights carry the
+    normalisation, so nothing is averaged.
+    """
+    if layout.mesh is None:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=model.compute_dtype,
+        reduce_dtype=getattr(torch, reduce_dtype),
+        cast_forward_inputs=False,
+    )
+    layers: list[Any] = list(model.layers)
+    first, last = [], []
+    if model.head.weight is not None:
+        first, last = [model.embed], [model.head]
+    # Backward begins with the head, so it stays; the embedding's backward needs no weight.
+    for unit in [*first, *layers]:
+        fully_shard(unit, mesh=layout.mesh, mp_policy=policy)
+    for unit in last:
+        fully_shard(unit, mesh=layout.mesh, mp_policy=policy, reshard_after_forward=False)
+    # With tied weights embedding, final norm and head are what is left for the root, which stays
+    # gathered until its backward.
+    root: Any = fully_shard(model, mesh=layout.mesh, mp_policy=policy)
+    for unit in first:
+        unit.set_unshard_in_backward(False)
+    order = [first[0] if first else root, *layers, *last]
+    for i, unit in enumerate(order):
+        unit.set_modules_to_forward_prefetch(order[i + 1 : i + 3])
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule) and layout.world > 1:
+            # Summed by force: a factor of 1 alone would be a reduction that only NCCL has.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    if layout.device.type == "cuda" and hasattr(root, "set_separate_reduce_scatter_group"):
+        # torch 2.13: in backward, reduce-scatter and all-gather run side by side.
+        root.set_separate_reduce_scatter_group()
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def ulysses_attention(
+    q_THK: Tensor,
+    k_TNK: Tensor,
+    v_TNK: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    backend: Backend | None = None,
+    group: Group | None = None,
+) -> Tensor:
+    """packed_attention over a stream whose tokens are cut over a group's ranks.
+
+    Arguments and result are this rank's tokens, boundaries those of the whole stream. Two
+    all-to-alls forward, two backward. No group: the stream is whole.
+    """
+    if group is None:
+        return packed_attention(q_THK, k_TNK, v_TNK, cu_seqlens, max_seqlen, backend=backend)
+    heads = to_heads(q_THK, k_TNK, v_TNK, group)
+    return to_tokens(packed_attention(*heads, cu_seqlens, max_seqlen, backend=backend), group)
+
+
+def to_heads(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, group: Group) -> list[Tensor]:
+    """Token shards with all heads -> all tokens with this rank's heads, in one all-to-all.
+
+    T tokens of a rank become u T. Key-value heads fewer than u are repeated.
+    """
+    return list(_ToHeads.apply(q_THK, k_TNK, v_TNK, group))
+
+
+def to_tokens(out_THK: Tensor, group: Group) -> Tensor:
+    """All tokens with this rank's heads -> this rank's tokens with all heads."""
+    return _ToTokens.apply(out_THK, group)
+
+
+def _exchange(message: Tensor, group: Group) -> Tensor:
+    """Row i of (u, ...) goes to rank i; row i of the result came from there."""
+    return torch.ops.s1fast.exchange(message, group.name)
+
+
+@torch.library.custom_op("s1fast::exchange", mutates_args=())
+def _exchange_op(message: Tensor, group: str) -> Tensor:
+    received = torch.empty_like(message)
+    dist.all_to_all_single(received, message, group=_resolve_process_group(group))
+    return received
+
+
+@_exchange_op.register_fake
+def _(message: Tensor, group: str) -> Tensor:
+    return torch.empty_like(message)
+
+
+def _deal(heads: list[Tensor], group: Group) -> list[Tensor]:
+    """(T, heads, K) each -> (u T, heads / u, K) each, views of one buffer."""
+    parts = group.size
+    num_tokens, _, width = heads[0].shape
+    counts = [x.shape[1] // parts for x in heads]
+    message = heads[0].new_empty(parts, num_tokens, sum(counts), width)
+    for x, slot in zip(heads, message.split(counts, dim=2), strict=True):
+        slot.copy_(x.unflatten(1, (parts, -1)).transpose(0, 1))
+    return list(_exchange(message, group).flatten(0, 1).split(counts, dim=1))
+
+
+def _collect(heads: list[Tensor], group: Group) -> list[Tensor]:
+    """The inverse of _deal; contiguous results."""
+    parts = group.size
+    counts = [x.shape[1] for x in heads]
+    message = torch.cat(heads, dim=1).unflatten(0, (parts, -1))
+    received = _exchange(message, group).transpose(0, 1)
+    return [x.flatten(1, 2).contiguous() for x in received.split(counts, dim=2)]
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_THK, k_TNK, v_TNK, group):
+        ctx.group = group
+        ctx.repeats = max(1, group.size // k_TNK.shape[1])
+        if ctx.repeats > 1:
+            k_TNK, v_TNK = (x.repeat_interleave(ctx.repeats, dim=1) for x in (k_TNK, v_TNK))
+        return tuple(_deal([q_THK, k_TNK, v_TNK], group))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients):
+        dq, dk, dv = _collect(list(gradients), ctx.group)
+        if ctx.repeats > 1:  # summed in fp32 within
+            dk, dv = (x.unflatten(1, (-1, ctx.repeats)).sum(2) for x in (dk, dv))
+        return dq, dk, dv, None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out_THK, group):
+        ctx.group = group
+        return _collect([out_THK], group)[0]
+
+    @staticmethod
+    def backward(ctx: Any, dout_THK):
+        return _deal([dout_THK], ctx.group)[0], None

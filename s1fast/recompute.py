@@ -5,14 +5,17 @@
     gate_up  and their projections                  45 KB    +19 %
     full     the whole layer                        10 KB    +33 %
 
+Backward frees what a layer kept and leaves its gradient, layer by layer from the last one down. So
+the two are never there in full together: after k layers are left, there is what these k kept and
+the gradients of the others, and the largest such sum must fit.
+
 A function of token count and budget alone: all ranks of a step choose the same.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -22,10 +25,6 @@ from s1fast.model import ModelConfig, Recompute, kept_bytes
 
 Mode = Literal["auto", "none", "full"]
 
-_IN_BACKWARD = 2
-"""Layers' worth of "none" that the layer in backward holds: what it computes again, gradients."""
-_UNSHARDED_LAYERS = 4
-"""In use, two prefetched, and the buffer that the next is gathered in."""
 _COMMUNICATORS = 2 << 30
 """NCCL's buffers, which it takes when first used."""
 _FRAGMENTATION = 0.04
@@ -42,45 +41,99 @@ def saved_bytes(config: ModelConfig, dtype: torch.dtype, ulysses: int = 1) -> di
     return {what: kept_bytes(dealt, what, dtype) for what in get_args(Recompute)}
 
 
-def choose_recompute(
-    mode: Mode, num_layers: int, saved: dict[Recompute, int], num_tokens: int, budget_bytes: float
-) -> list[Recompute]:
-    """What each layer computes again, for a stream of num_tokens tokens on a rank.
+@dataclass(frozen=True)
+class Memory:
+    """What a rank has for a pass, and what the layers put there, in bytes.
 
-    "auto" turns as few layers as fit from "none" to "gate_up", and when all are, from "gate_up" to
-    "full". Early layers first: while they run backward, the later ones' activations are gone.
-    A stream that does not fit even so has every layer "full".
+    budget: for what is kept and for gradients. saved: a token's in a layer, by policy. at_work: a
+    token's in the layer that runs backward. gradient: of a layer, this rank's rows in fp32.
     """
-    if mode != "auto":
-        return [mode] * num_layers
-    most = budget_bytes / max(1, num_tokens) - _IN_BACKWARD * saved["none"]  # bytes a token
-    chosen: list[Recompute] = ["none"] * num_layers
-    steps: Sequence[tuple[Recompute, Recompute]] = (("none", "gate_up"), ("gate_up", "full"))
-    for more, less in steps:
-        excess = sum(saved[what] for what in chosen) - most
-        if excess <= 0:
-            break
-        count = math.ceil(min(num_layers, excess / (saved[more] - saved[less])))
-        chosen[:count] = [less] * count
-    return chosen
+
+    num_layers: int
+    budget: float
+    saved: dict[Recompute, int]
+    at_work: int
+    gradient: int
+
+    def needed(self, what: Sequence[Recompute], num_tokens: int) -> int:
+        """The largest sum of kept and gradients during backward, with the layer at work."""
+        most = held = len(what) * self.gradient  # no layer is left
+        for policy in what:
+            held += self.saved[policy] * num_tokens - self.gradient
+            most = max(most, held)
+        return most + self.at_work * num_tokens
+
+    def choose(self, mode: Mode, num_tokens: int) -> list[Recompute]:
+        """What each layer computes again, for a stream of num_tokens tokens on a rank.
+
+        "auto" turns as few layers as fit from "none" to "gate_up", and when all are, from
+        "gate_up" to "full". Early layers first: while they run backward, the later ones'
+        activations are gone. A stream that does not fit even so has every layer "full".
+        """
+        if mode != "auto":
+            return [mode] * self.num_layers
+        steps: Sequence[tuple[Recompute, Recompute]] = (("none", "gate_up"), ("gate_up", "full"))
+        for more, less in steps:
+            for count in range(self.num_layers):
+                chosen = [less] * count + [more] * (self.num_layers - count)
+                if self.needed(chosen, num_tokens) <= self.budget:
+                    return chosen
+        return ["full"] * self.num_layers
 
 
-def activation_budget(free_bytes: int, config: ModelConfig, itemsize: int, world: int) -> int:
-    """Bytes for what forward keeps, of those free once weights and moments are there.
-
-    Taken off: fp32 gradients of this rank's shard, layers gathered ahead, a layer's gradient with
-    two reduce-scatter inputs in fp32, the same for the head, a chunk of logits.
-    """
-    num_layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
-    embeddings = head * (1 if config.tie_word_embeddings else 2)
-    layer = (config.num_weights - embeddings) // num_layers
-    taken = (
-        4 * config.num_weights // world
-        + _UNSHARDED_LAYERS * layer * itemsize
-        + layer * (itemsize + 2 * 4)
-        + head * (2 * itemsize + 4)
-        + CHUNK_BYTES["cuda"]
-        + _COMMUNICATORS
-        + int(_FRAGMENTATION * free_bytes)
+def layer_memory(
+    config: ModelConfig, dtype: torch.dtype, world: int, ulysses: int, budget: float
+) -> Memory:
+    """The memory of a rank of `world`, `ulysses` of which share a stream."""
+    gate_up = 2 * config.intermediate_size * dtype.itemsize
+    return Memory(
+        num_layers=config.num_hidden_layers,
+        budget=budget,
+        saved=saved_bytes(config, dtype, ulysses),
+        at_work=2 * gate_up + 4 * config.hidden_size * dtype.itemsize,
+        gradient=4 * _layer_weights(config) // world,
     )
-    return max(0, free_bytes - taken)
+
+
+def _layer_weights(config: ModelConfig) -> int:
+    embeddings = config.vocab_size * config.hidden_size
+    embeddings *= 1 if config.tie_word_embeddings else 2
+    return (config.num_weights - embeddings) // config.num_hidden_layers
+
+
+def working_bytes(config: ModelConfig, dtype: torch.dtype, world: int) -> dict[str, int]:
+    """What gathering weights and reducing gradients takes, in the fuller of two moments.
+
+    When the head runs backward: its weight and gradient, that again in fp32 to be reduced, and two
+    layers gathered ahead. When a layer does: three gathered, its gradient, and in fp32 what is
+    being reduced: two layers, or the head. On one rank nothing is copied to be gathered or reduced,
+    but a cast of the weights, which is as large.
+    """
+    layer, head = _layer_weights(config), config.vocab_size * config.hidden_size
+    moments = [(head + 2 * layer, head, head), (3 * layer, layer, max(2 * layer, head))]
+    gathered, gradient, reduced = max(
+        moments, key=lambda m: (m[0] + m[1]) * dtype.itemsize + 4 * m[2]
+    )
+    embeddings = config.num_weights - config.num_hidden_layers * layer
+    return {
+        "gathered weights": gathered * dtype.itemsize,
+        "gradients of a unit": gradient * dtype.itemsize,
+        "gradients being reduced": 4 * reduced,
+        "gradients of embedding and head": 4 * embeddings // world,
+    }
+
+
+def reserve_bytes(free_bytes: int) -> dict[str, int]:
+    """What no tensor of the model or the step accounts for."""
+    return {
+        "logits of a chunk": CHUNK_BYTES["cuda"],
+        "communicators": _COMMUNICATORS,
+        "lost by the allocator": int(_FRAGMENTATION * free_bytes),
+    }
+
+
+def activation_budget(free_bytes: int, config: ModelConfig, dtype: torch.dtype, world: int) -> int:
+    """Bytes for what forward keeps and for the layers' gradients, of those free once weights and
+    moments are there."""
+    taken = working_bytes(config, dtype, world) | reserve_bytes(free_bytes)
+    return max(0, free_bytes - sum(taken.values()))

@@ -40,9 +40,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "kernels", "slices"},
     "recompute": {"kernels", "model"},
     "parallel": {"errors", "kernels", "model", "ranks"},
+    "published": {"model"},
+    "rates": {"errors", "files"},
+    "fake_ranks": {"errors", "model", "parallel", "ranks"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
+    "planner": {"balance", "config", "metrics", "model", "packing", "parallel", "rates"}
+    | {"recompute"},
+    "plan_report": {"files", "metrics", "planner", "rates"},
+    "plan": {"chat", "checkpoint", "config", "errors", "fake_ranks", "files", "model", "packing"}
+    | {"plan_report", "planner", "published", "rates", "recompute", "rows"},
     "kv_cache": {"kernels", "model"},
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
     | {"packing", "parallel", "recompute", "slices", "snapshot"},
@@ -66,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "model", "packing"}
     | {"step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
-    | {"recipes", "trainer"},
+    | {"plan", "recipes", "trainer"},
     "__main__": {"cli"},
 }
 

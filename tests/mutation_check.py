@@ -485,7 +485,7 @@ MUTATIONS = (
         "reference: gradients overwritten", "g = grad.float() * clip", "g = grad.float().mul_(clip)"
     ),
     _adamw("reference: pieces", "param.mul_(keeps[decay])", "param.mul_(keeps[max(keeps)])"),
-    _adamw("reference: moments cut off", "            if s.narrow:\n", "            if False:\n"),
+    _adamw("reference: moments not kept", "            if shards.narrow:", "            if False:"),
     _adamw(
         "reference: norm of one shard", "for g in found.grads for", "for g in found.grads[:1] for"
     ),

@@ -124,7 +124,7 @@ def ours(problem: Problem) -> Forward:
 # -- the peers ---------------------------------------------------------------------------------
 
 
-def theirs(problem: Problem, **implementation: bool) -> Forward:
+def theirs(problem: Problem, **implementation: Any) -> Forward:
     """torch.optim.AdamW's functional form and torch's clipping, which multiplies in memory."""
     state: State = problem.arguments[1]
     if state.exp_avgs[0].dtype != torch.float32:

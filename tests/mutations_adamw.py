@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mutation import Mutation
 
 
-def _adamw(name: str, old: str, new: str, file: str = "kernels/adamw.py") -> Mutation:
-    return Mutation(f"adamw: {name}", file, old, new, ("tests/test_adamw.py",))
+def _adamw(name: str, old: str, new: str, *tests: str) -> Mutation:
+    """In the kernels, or the reference; `tests` are the functions that it takes, if not all."""
+    chosen = tuple(f"tests/test_adamw.py::{test}" for test in tests) or ("tests/test_adamw.py",)
+    return Mutation(f"adamw: {name}", "kernels/adamw.py", old, new, chosen)
+
+
+def _norm(name: str, old: str, new: str) -> Mutation:
+    tests = ("test_norm_is_float64s", "test_norm_of_large_and_small", "test_norm_repeats")
+    return _adamw(f"norm: {name}", old, new, *tests)
 
 
 def _optimizer(name: str, old: str, new: str) -> Mutation:
-    return _adamw(name, old, new, "s1fast/optimizer.py")
+    tests = ("test_optimizer_is_torchs", "test_bf16_moments_learn_as_well", "test_norm_over_ranks")
+    kernels = _adamw(f"optimizer: {name}", old, new, *tests, "test_optimizer_refuses_by_name")
+    return replace(kernels, file="s1fast/optimizer.py")
 
 
 MUTATIONS = (
@@ -53,42 +64,49 @@ MUTATIONS = (
     _adamw("chunk numbers", "- (chunks.cumsum(0) - chunks)[shard]", "- chunks.cumsum(0)[shard]"),
     _adamw("last chunk left out", "-(-sizes // CHUNK)", "sizes // CHUNK"),
     _adamw("fp32 moments only", "NARROW_MOMENTS=shards.narrow", "NARROW_MOMENTS=False"),
-    _adamw(
-        "norm: plain sum", "        sum_B += g_B * g_B\n    for", "        sum_B += g_B\n    for"
-    ),
-    _adamw(
-        "norm: last tile overwrites",
+    _norm("plain sum", "        sum_B += g_B * g_B\n    for", "        sum_B += g_B\n    for"),
+    _norm(
+        "last tile overwrites",
         "        sum_B += g_B * g_B\n    tl",
         "        sum_B = g_B * g_B\n    tl",
     ),
-    _adamw(
-        "norm: poison counts",
+    _norm(
+        "poison counts",
         "mask=at_B < size - at, other=0.0).to",
         "mask=at_B < BLOCK, other=0.0).to",
     ),
-    _adamw(
-        "norm: chunks overwrite", "tl.store(partial_ptr + chunk, tl", "tl.store(partial_ptr, tl"
-    ),
-    _adamw(
-        "norm: one chunk short", "mask=at_B < num_chunks - at", "mask=at_B < num_chunks - 1 - at"
-    ),
+    _norm("chunks overwrite", "tl.store(partial_ptr + chunk, tl", "tl.store(partial_ptr, tl"),
+    _norm("one chunk short", "mask=at_B < num_chunks - at", "mask=at_B < num_chunks - 1 - at"),
     # -- AdamW: reference, checks and optimizer
     _adamw("reference: clip factor", "g = grad.float() * clip", "g = grad.float() * 1"),
     _adamw(
         "reference: gradients overwritten", "g = grad.float() * clip", "g = grad.float().mul_(clip)"
     ),
     _adamw("reference: pieces", "param.mul_(keeps[decay])", "param.mul_(keeps[max(keeps)])"),
-    _adamw("reference: moments cut off", "            if s.narrow:\n", "            if False:\n"),
+    _adamw("reference: moments not kept", "            if shards.narrow:", "            if False:"),
     _adamw(
-        "reference: norm of one shard", "for g in found.grads for", "for g in found.grads[:1] for"
+        "reference: norm of one shard",
+        "for g in found.grads for",
+        "for g in found.grads[:1] for",
     ),
-    _adamw("strided shards pass", "if not x.is_contiguous():", "if False:"),
+    _adamw(
+        "strided shards pass",
+        "if not x.is_contiguous():",
+        "if False:",
+        "test_shards_that_do_not_match",
+    ),
     _adamw(
         "other dtypes pass",
         "x.shape != like.shape or x.dtype != dtype or",
         "x.shape != like.shape or",
+        "test_shards_that_do_not_match",
     ),
-    _adamw("shared memory passes", "if len({*addresses}) < len(addresses):", "if False:"),
+    _adamw(
+        "shared memory passes",
+        "if len({*addresses}) < len(addresses):",
+        "if False:",
+        "test_a_shard_given_twice",
+    ),
     _optimizer("vectors decay", "if p.ndim > 1 else 0.0", "if p.ndim > 0 else 0.0"),
     _optimizer("no clipping", ".clamp(max=1.0)", ".clamp(min=1.0, max=1.0)"),
     _optimizer("gradients grow to the norm", ".clamp(max=1.0)", ""),

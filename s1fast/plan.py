@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from rich.console import Console
 
 from s1fast import plan_report, published
@@ -20,7 +21,7 @@ from s1fast.files import make_directory, read_bytes
 from s1fast.model import ModelConfig
 from s1fast.planner import Estimate, Machine, Sequences, estimate, free_bytes, state_bytes
 from s1fast.rates import DEVICE_BYTES, GPU, find_rates
-from s1fast.recompute import reserve_bytes
+from s1fast.recompute import layer_memory, reserve_bytes
 
 RESULTS = Path(__file__).resolve().parent / "bench" / "results"
 OTHER_MACHINES = tuple(Machine(gpu, nodes) for gpu in ("H100", "H200") for nodes in (1, 2, 4))  # type: ignore[arg-type]
@@ -194,6 +195,10 @@ def memory(config: TrainConfig, model: ModelConfig, one: Estimate) -> dict[str, 
         f"moments, {config.optim.moments}": (state_bytes(config, model) - 4 * model.num_weights)
         / machine.world,
         **working,
+        "inside an operation": layer_memory(
+            model, torch.bfloat16, machine.world, one.ulysses, 0.0
+        ).at_work
+        * one.most_tokens,
         **reserve_bytes(int(free_bytes(config, model, machine))),
     }
 
@@ -225,8 +230,6 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     Those of torchrun's ranks, or the one that a bare command takes; where there is none, on the
     machine that `plan` assumes.
     """
-    import torch
-
     machine: dict[str, Any] = {}
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()

@@ -88,8 +88,9 @@ def simulate(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from s1fast.parallel import Group, Layout, shard_model
+    from s1fast.parallel import Layout, shard_model
     from s1fast.ranks import Ranks
+    from s1fast.ulysses import Group
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("world",))
@@ -123,14 +124,17 @@ def simulate(
 
 def _attention(cu_seqlens: torch.Tensor, group: Any) -> Any:
     """Our attention as it is on a GPU: a CPU's would keep other things for backward."""
-    from s1fast.parallel import to_heads, to_tokens
+    from s1fast.ulysses import ulysses_attention
+
+    longest = int(cu_seqlens[-1])
 
     def attend(
         layer: int, q_THK: torch.Tensor, k_TNK: torch.Tensor, v_TNK: torch.Tensor
     ) -> torch.Tensor:
-        heads = [q_THK, k_TNK, v_TNK] if group is None else to_heads(q_THK, k_TNK, v_TNK, group)
-        out_THK, _ = torch.ops.s1fast.packed_attention(*heads, cu_seqlens, True, 1.0)
-        return out_THK if group is None else to_tokens(out_THK, group)
+        qkv = (q_THK, k_TNK, v_TNK)
+        if group is None:  # past the check that a CPU does not pass
+            return torch.ops.s1fast.packed_attention(*qkv, cu_seqlens, True, 1.0)[0]
+        return ulysses_attention(*qkv, cu_seqlens, longest, backend="triton", group=group)
 
     return attend
 

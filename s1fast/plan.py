@@ -18,6 +18,7 @@ from s1fast.config import TrainConfig, check
 from s1fast.errors import InputError
 from s1fast.fake_ranks import peak
 from s1fast.files import make_directory, read_bytes
+from s1fast.kernels.linear_cross_entropy import CHUNK_BYTES
 from s1fast.model import ModelConfig
 from s1fast.planner import Estimate, Machine, Sequences, estimate, free_bytes, state_bytes
 from s1fast.rates import DEVICE_BYTES, GPU, find_rates
@@ -184,21 +185,21 @@ def memory(config: TrainConfig, model: ModelConfig, one: Estimate) -> dict[str, 
     machine = one.machine
     tracked = peak(model, machine.world, one.ulysses, one.most_tokens, one.worst)
     start = {label: tracked.get(name, 0.0) for name, label in _NAMES.items()}
-    layers = model.num_hidden_layers
+    layers, gradients = model.num_hidden_layers, 4 * model.num_weights / machine.world
     end = start | {
-        "gradients": 4 * model.num_weights / machine.world,
+        "gradients": gradients,
         "kept for backward": start["kept for backward"] / layers,
     }
+    if not one.first_pass:
+        start["gradients"] = gradients
+    at_work = layer_memory(model, torch.bfloat16, machine.world, one.ulysses, 0.0).at_work
     working = max(start, end, key=lambda parts: sum(parts.values()))
     return {
         "weights, fp32": 4 * model.num_weights / machine.world,
         f"moments, {config.optim.moments}": (state_bytes(config, model) - 4 * model.num_weights)
         / machine.world,
         **working,
-        "inside an operation": layer_memory(
-            model, torch.bfloat16, machine.world, one.ulysses, 0.0
-        ).at_work
-        * one.most_tokens,
+        "inside an operation": max(CHUNK_BYTES["cuda"], at_work * one.most_tokens),
         **reserve_bytes(int(free_bytes(config, model, machine))),
     }
 

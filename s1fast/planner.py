@@ -102,14 +102,16 @@ class Estimate:
     layers: Counter[Recompute]
     """Layers, summed over all passes, by what they compute again."""
     most_tokens: int
-    """Of a rank in the run's largest pass."""
+    """Of a rank in the pass that needs the most memory."""
     worst: tuple[Recompute, ...]
     """What each layer computes again there."""
     mfu: tuple[float, float]
     """In the worse and in the better case."""
     dollars: tuple[float, float]
     """In the better and in the worse case."""
-    needed_bytes: float
+    first_pass: bool
+    """Whether no gradients are there yet."""
+    needed_bytes: int
     """For what is kept there and for gradients."""
     budget_bytes: float
     """Memory for it."""
@@ -137,21 +139,23 @@ def estimate(
     costs = [train_flops(model, [n], m) for n, m in zip(data.lengths, data.labels, strict=True)]
     cost = _Cost(model, machine, ulysses, rates, 4 if config.reduce_dtype == "float32" else 2)
     seconds, layers = Seconds(), Counter[Recompute]()
-    flops, tokens, uneven, most_tokens = 0.0, 0, 0.0, 0
+    flops, tokens, uneven, most_tokens, needed_bytes = 0.0, 0, 0.0, 0, 0
     worst: tuple[Recompute, ...] = ()
+    worst_first = True
     for step in range(num_steps):
         batch = step_indices(len(data.lengths), config.batch_size, config.seed, step)
         lengths, step_costs = [data.lengths[i] for i in batch], [costs[i] for i in batch]
         limit = config.microbatch_tokens * ulysses
         passes = split_step(lengths, step_costs, groups, limit)
-        for split in passes:
+        for number, split in enumerate(passes):
             streams = [[batch[i] for i in stream] for stream in split]
             sizes = [sum(data.lengths[i] for i in stream) for stream in streams]
             most = part_tokens(max(sizes), ulysses)
-            what = memory.choose(config.recompute, most)
+            what = memory.choose(config.recompute, most, first_pass=number == 0)
             layers.update(what)
-            if most > most_tokens:
-                most_tokens, worst = most, tuple(what)
+            if (needed := memory.needed(what, most, number == 0)) > needed_bytes:
+                needed_bytes, most_tokens = needed, most
+                worst, worst_first = tuple(what), number == 0
             seconds.add(cost.of_pass(streams, data, what))
         seconds.add(cost.of_update(config.optim.moments))
         flops += sum(step_costs)
@@ -172,7 +176,8 @@ def estimate(
         worst=worst,
         mfu=(rate / seconds.high, rate / seconds.low),
         dollars=tuple(h * machine.world * rates.price.value for h in hours),  # type: ignore[arg-type]
-        needed_bytes=memory.needed(worst, most_tokens),
+        first_pass=worst_first,
+        needed_bytes=needed_bytes,
         budget_bytes=budget,
     )
 

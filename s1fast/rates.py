@@ -116,17 +116,13 @@ def _measured(result: dict[str, Any], name: str) -> dict[str, Rate]:
     values = {"memory": Rate(roofs["copy_gb_s"], _GB_S, f"copy roof, {name}", True)}
     for shape in result.get("shapes", []):
         ours = next((m for m in shape["measurements"] if m["provider"] == "s1fast"), None)
-        if ours is None or ours["status"] != "ok" or not ours.get("timings"):
+        if ours is None or ours["status"] != "ok" or not ours.get("tflops"):
             continue
-        ms = {mode: timing["median_ms"] for mode, timing in ours["timings"].items()}
         source = f"{shape['op']} {shape['shape']}, {name}"
-        backward_flops = shape["flops"] - shape["forward_flops"]
+        rates = {mode: Rate(v, _TFLOPS, source, True) for mode, v in ours["tflops"].items()}
         if shape["op"] == "packed_attention" and "attention_forward" not in values:
-            forward = shape["forward_flops"] / ms["forward"] / 1e9
-            backward = backward_flops / ms["backward"] / 1e9
-            values["attention_forward"] = Rate(forward, _TFLOPS, source, True)
-            values["attention_backward"] = Rate(backward, _TFLOPS, source, True)
+            values["attention_forward"] = rates["forward"]
+            values["attention_backward"] = rates["backward"]
         if shape["op"] == "linear_cross_entropy" and "gemm" not in values:
-            rate = shape["flops"] / ms["full"] / 1e9
-            values["gemm"] = Rate(rate, _TFLOPS, source, True)
+            values["gemm"] = rates["full"]
     return values

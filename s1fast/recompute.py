@@ -6,10 +6,11 @@
     full     the whole layer                        10 KB    +33 %
 
 Backward frees what a layer kept and leaves its gradient, layer by layer from the last one down. So
-the two are never there in full together: after k layers are left, there is what these k kept and
-the gradients of the others, and the largest such sum must fit.
+in a step's first pass the two are never there in full together: when k layers are left, there is
+what these k kept and the gradients of the others, and the largest such sum must fit. Later passes
+find all gradients there.
 
-A function of token count and budget alone: all ranks of a step choose the same.
+A function of token count, pass and budget alone: all ranks of a step choose the same.
 """
 
 from __future__ import annotations
@@ -55,15 +56,15 @@ class Memory:
     at_work: int
     gradient: int
 
-    def needed(self, what: Sequence[Recompute], num_tokens: int) -> int:
+    def needed(self, what: Sequence[Recompute], num_tokens: int, first_pass: bool = True) -> int:
         """The largest sum of kept and gradients during backward, with the layer at work."""
         most = held = len(what) * self.gradient  # no layer is left
         for policy in what:
-            held += self.saved[policy] * num_tokens - self.gradient
+            held += self.saved[policy] * num_tokens - (self.gradient if first_pass else 0)
             most = max(most, held)
         return most + self.at_work * num_tokens
 
-    def choose(self, mode: Mode, num_tokens: int) -> list[Recompute]:
+    def choose(self, mode: Mode, num_tokens: int, first_pass: bool = True) -> list[Recompute]:
         """What each layer computes again, for a stream of num_tokens tokens on a rank.
 
         "auto" turns as few layers as fit from "none" to "gate_up", and when all are, from
@@ -76,7 +77,7 @@ class Memory:
         for more, less in steps:
             for count in range(self.num_layers):
                 chosen = [less] * count + [more] * (self.num_layers - count)
-                if self.needed(chosen, num_tokens) <= self.budget:
+                if self.needed(chosen, num_tokens, first_pass) <= self.budget:
                     return chosen
         return ["full"] * self.num_layers
 
@@ -102,31 +103,37 @@ def _layer_weights(config: ModelConfig) -> int:
 
 
 def working_bytes(config: ModelConfig, dtype: torch.dtype, world: int) -> dict[str, int]:
-    """What gathering weights and reducing gradients takes, in the fuller of two moments.
+    """What logits, gathered weights and gradients being reduced take, in the fullest moment.
 
-    When the head runs backward: its weight and gradient, that again in fp32 to be reduced, and two
-    layers gathered ahead. When a layer does: three gathered, its gradient, and in fp32 what is
-    being reduced: two layers, or the head. On one rank nothing is copied to be gathered or reduced,
-    but a cast of the weights, which is as large.
+    In the loss: the head's weight, its gradient, a chunk of logits, two layers gathered. When the
+    head's gradient is reduced: the same without logits, and the gradient in fp32. When a layer runs
+    backward: three gathered, its gradient, and in fp32 what is being reduced, two layers or the
+    head. On one rank nothing is copied to be gathered or reduced, but the weights' casts are as
+    large.
     """
     layer, head = _layer_weights(config), config.vocab_size * config.hidden_size
-    moments = [(head + 2 * layer, head, head), (3 * layer, layer, max(2 * layer, head))]
-    gathered, gradient, reduced = max(
-        moments, key=lambda m: (m[0] + m[1]) * dtype.itemsize + 4 * m[2]
+    moments = (  # gathered, gradient, reduced, logits
+        (head + 2 * layer, head, 0, CHUNK_BYTES["cuda"]),
+        (head + 2 * layer, head, head, 0),
+        (3 * layer, layer, max(2 * layer, head), 0),
+    )
+    size = dtype.itemsize
+    gathered, gradient, reduced, logits = max(
+        moments, key=lambda m: (m[0] + m[1]) * size + 4 * m[2] + m[3]
     )
     embeddings = config.num_weights - config.num_hidden_layers * layer
     return {
-        "gathered weights": gathered * dtype.itemsize,
-        "gradients of a unit": gradient * dtype.itemsize,
+        "gathered weights": gathered * size,
+        "gradients of a unit": gradient * size,
         "gradients being reduced": 4 * reduced,
         "gradients of embedding and head": 4 * embeddings // world,
+        "logits of a chunk": logits,
     }
 
 
 def reserve_bytes(free_bytes: int) -> dict[str, int]:
     """What no tensor of the model or the step accounts for."""
     return {
-        "logits of a chunk": CHUNK_BYTES["cuda"],
         "communicators": _COMMUNICATORS,
         "lost by the allocator": int(_FRAGMENTATION * free_bytes),
     }

@@ -37,9 +37,10 @@ from s1fast.packing import (
     step_indices,
     steps_per_epoch,
 )
-from s1fast.parallel import Layout, ulysses_attention
+from s1fast.parallel import Layout
 from s1fast.recompute import activation_budget, layer_memory
 from s1fast.slices import Slice, slice_of
+from s1fast.ulysses import ulysses_attention
 
 
 @dataclass(frozen=True)
@@ -117,19 +118,20 @@ class Trainer:
         bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
         ours = [streams[layout.group_index] for streams in plan.passes]
         packed = pack_batch(plan.batch, self.config.data.loss_weight, ours)
-        for stream, streams in zip(packed, plan.passes, strict=True):
+        for number, (stream, streams) in enumerate(zip(packed, plan.passes, strict=True)):
             part = cut(stream, layout.part, layout.ulysses).to(self.device)
-            recompute = self.recompute([sum(plan.seqlens[i] for i in ids) for ids in streams])
+            lengths = [sum(plan.seqlens[i] for i in ids) for ids in streams]
+            recompute = self.recompute(lengths, first_pass=number == 0)
             partial = stream_loss(self.model, part, bad_labels, self.attention, recompute, layout)
             partial.backward()
             loss += partial.detach()
         totals = layout.sum(torch.stack((loss, bad_labels.to(loss.dtype))))
         return totals[0], totals[1]
 
-    def recompute(self, stream_tokens: Sequence[int]) -> list[Recompute]:
+    def recompute(self, stream_tokens: Sequence[int], first_pass: bool) -> list[Recompute]:
         """What each layer computes again in a pass of such streams, so that the longest fits."""
         most = max(part_tokens(n, self.layout.ulysses) for n in stream_tokens)
-        return self.memory.choose(self.config.recompute, most)
+        return self.memory.choose(self.config.recompute, most, first_pass)
 
     def _compile(self) -> None:
         """Compiles the layers and builds every graph that a step may need, before the first one."""

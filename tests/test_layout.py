@@ -39,21 +39,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels", "slices"},
     "recompute": {"kernels", "model"},
-    "parallel": {"errors", "kernels", "model", "ranks"},
+    "ulysses": {"kernels"},
+    "parallel": {"errors", "model", "ranks", "ulysses"},
     "published": {"model"},
     "rates": {"errors", "files"},
-    "fake_ranks": {"errors", "model", "parallel", "ranks"},
+    "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
     "planner": {"balance", "config", "metrics", "model", "packing", "parallel", "rates"}
     | {"recompute"},
     "plan_report": {"files", "metrics", "planner", "rates"},
-    "plan": {"chat", "checkpoint", "config", "errors", "fake_ranks", "files", "model", "packing"}
+    "plan": {"chat", "checkpoint", "config", "errors", "fake_ranks", "files", "kernels"}
+    | {"model", "packing"}
     | {"plan_report", "planner", "published", "rates", "recompute", "rows"},
     "kv_cache": {"kernels", "model"},
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
-    | {"packing", "parallel", "recompute", "slices", "snapshot"},
+    | {"packing", "parallel", "recompute", "slices", "snapshot", "ulysses"},
     "trainer": {"balance", "chat", "checkpoint", "config", "errors", "files", "hub", "metrics"}
     | {"model", "optimizer", "packing", "parallel", "ranks", "rows", "slices", "snapshot"}
     | {"snapshot_writer", "step"},

@@ -109,7 +109,7 @@ def simulate(
         tracker = FSDPMemTracker(model)
         tracker.track_inputs((ids_T, weight_T))
         with tracker:
-            attend = _attention(cu_seqlens, group)
+            attend = _attention(cu_seqlens, num_tokens * ulysses, group)
             hidden_TD = model(ids_T, ids_T, attend, recompute=what)
             model.loss(hidden_TD, ids_T, weight_T, ids_T).backward()
             del hidden_TD
@@ -122,11 +122,9 @@ def simulate(
     }
 
 
-def _attention(cu_seqlens: torch.Tensor, group: Any) -> Any:
+def _attention(cu_seqlens: torch.Tensor, longest: int, group: Any) -> Any:
     """Our attention as it is on a GPU: a CPU's would keep other things for backward."""
     from s1fast.ulysses import ulysses_attention
-
-    longest = int(cu_seqlens[-1])
 
     def attend(
         layer: int, q_THK: torch.Tensor, k_TNK: torch.Tensor, v_TNK: torch.Tensor

@@ -215,7 +215,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return merge(*grads, *ctx.saved_tensors), None, None, None, None  # type: ignore[call-arg]
+        return merge(*grads, *ctx.saved_tensors), None, None, None, None
 
 
 def _split(qkv_RHK: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Output:

@@ -18,6 +18,8 @@ bf16, where one tensor is 48 MB. Measured on an H100: not yet.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -145,24 +147,13 @@ def _check_rstd(x_TD: Tensor, rstd_T: Tensor) -> None:
     expect_unit_stride("rstd_T", rstd_T)
 
 
-def _forward(
-    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(sum_TD, y_TD, rstd_T); without a residual the sum is x_TD itself."""
-    function = triton_forward if x_TD.is_cuda else reference_forward
-    return function(x_TD, residual_TD, weight_D, eps)
+    return (triton_forward if x_TD.is_cuda else reference_forward)(x_TD, *rest)
 
 
-def _backward(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    rstd_T: Tensor,
-    weight_D: Tensor,
-    dresidual_TD: Tensor | None,
-    want_y: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    function = triton_backward if x_TD.is_cuda else reference_backward
-    return function(dy_TD, x_TD, rstd_T, weight_D, dresidual_TD, want_y)
+def _backward(dy_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    return (triton_backward if dy_TD.is_cuda else reference_backward)(dy_TD, *rest)
 
 
 # -- plain PyTorch -----------------------------------------------------------------------------
@@ -320,47 +311,27 @@ def _launch_options(width: int, elements: int) -> tuple[dict[str, int], dict[str
 
 
 def triton_forward(
-    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    rstd_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rstd_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
-    sum_TD = x_TD if residual_TD is None else _rows(x_TD)
-    y_TD = _launch_forward(x_TD, residual_TD, weight_D, sum_TD, rstd_T, eps, known=False)
+    constants, options = _launch_options(x_TD.shape[1], _FORWARD_ELEMENTS)
+    flags = {"ADD": residual_TD is not None, "KNOWN": rstd_T is not None}
+    if rstd_T is None:
+        rstd_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
+    sum_TD, y_TD = x_TD if residual_TD is None else _rows(x_TD), _rows(x_TD)
+    other_TD = x_TD if residual_TD is None else residual_TD
+    tensors = (x_TD, other_TD, weight_D, sum_TD, y_TD, rstd_T)
+    numbers = (len(x_TD), x_TD.stride(0), other_TD.stride(0), eps)
+    grid = (-(-len(x_TD) // constants["ROWS"]),)
+    _forward_kernel[grid](*tensors, *numbers, **flags, **constants, **options)
     return sum_TD, y_TD, rstd_T
 
 
 def triton_normalise(x_TD: Tensor, rstd_T: Tensor, weight_D: Tensor) -> Tensor:
-    return _launch_forward(x_TD, None, weight_D, x_TD, rstd_T, 0.0, known=True)
-
-
-def _launch_forward(
-    x_TD: Tensor,
-    residual_TD: Tensor | None,
-    weight_D: Tensor,
-    sum_TD: Tensor,
-    rstd_T: Tensor,
-    eps: float,
-    *,
-    known: bool,
-) -> Tensor:
-    y_TD = _rows(x_TD)
-    constants, options = _launch_options(x_TD.shape[1], _FORWARD_ELEMENTS)
-    _forward_kernel[(-(-len(x_TD) // constants["ROWS"]),)](
-        x_TD,
-        x_TD if residual_TD is None else residual_TD,
-        weight_D,
-        sum_TD,
-        y_TD,
-        rstd_T,
-        len(x_TD),
-        x_TD.stride(0),
-        0 if residual_TD is None else residual_TD.stride(0),
-        eps,
-        ADD=residual_TD is not None,
-        KNOWN=known,
-        **constants,
-        **options,
-    )
-    return y_TD
+    return triton_forward(x_TD, None, weight_D, 0.0, rstd_T)[1]
 
 
 def triton_backward(
@@ -377,27 +348,13 @@ def triton_backward(
     most = num_programs(x_TD) * (16 // options["num_warps"])
     programs = min(-(-num_tokens // constants["ROWS"]), most)
     partial_PD = rstd_T.new_empty(programs, width)
-    dx_TD = _rows(x_TD)
-    y_TD = _rows(x_TD) if want_y else None
-    _backward_kernel[(programs,)](
-        dy_TD,
-        x_TD,
-        rstd_T,
-        weight_D,
-        x_TD if dresidual_TD is None else dresidual_TD,
-        dx_TD,
-        dx_TD if y_TD is None else y_TD,
-        partial_PD,
-        num_tokens,
-        dy_TD.stride(0),
-        x_TD.stride(0),
-        0 if dresidual_TD is None else dresidual_TD.stride(0),
-        STAGES=_STAGES[x_TD.dtype],
-        ADD=dresidual_TD is not None,
-        WANT_Y=want_y,
-        **constants,
-        **options,
-    )
+    dx_TD, y_TD = _rows(x_TD), _rows(x_TD) if want_y else None
+    other_TD = x_TD if dresidual_TD is None else dresidual_TD
+    results = (dx_TD, dx_TD if y_TD is None else y_TD, partial_PD)
+    numbers = (num_tokens, dy_TD.stride(0), x_TD.stride(0), other_TD.stride(0))
+    flags = {"ADD": dresidual_TD is not None, "WANT_Y": want_y, "STAGES": _STAGES[x_TD.dtype]}
+    tensors = (dy_TD, x_TD, rstd_T, weight_D, other_TD, *results)
+    _backward_kernel[(programs,)](*tensors, *numbers, **flags, **constants, **options)
     return dx_TD, partial_PD.sum(0), y_TD
 
 

@@ -130,19 +130,31 @@ def join(device: torch.device) -> Layout:
     if not launched() and device.type == "cpu":
         return Layout(device)
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    known: dict[str, Any] = {"timeout": TIMEOUT}
-    if not launched():
-        known |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    bound: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        known["device_id"] = device
-    try:  # gloo carries what the host has to say
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **known)
+        bound["device_id"] = device
+    # gloo beside NCCL carries what the host has to say
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        store = _store()
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, **bound
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
     return Layout(device, process_group(), mesh=mesh)
+
+
+def _store() -> dist.Store:
+    """Where the ranks find each other: torchrun's, or one of this process's own."""
+    if not launched():
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun may start all anew on the same store, where the dead ones' addresses still stand.
+    return dist.PrefixStore("life " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def share_streams(layout: Layout, degree: int) -> Layout:

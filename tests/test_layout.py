@@ -73,8 +73,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainer",
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
-    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "model", "packing"}
-    | {"step"},
+    "bench": {"balance", "bench", "chat", "decoder", "errors", "files", "kernels", "metrics"}
+    | {"model", "packing", "step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"plan", "recipes", "trainer"},
     "__main__": {"cli"},

@@ -209,7 +209,8 @@ def shard_model(
         cast_forward_inputs=False,
     )
     layers: list[Any] = list(model.layers)
-    first, last = [], []
+    first: list[Any] = []
+    last: list[Any] = []
     if model.head.weight is not None:
         first, last = [model.embed], [model.head]
     # Backward begins with the head, so it stays; the embedding's backward needs no weight.

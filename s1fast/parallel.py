@@ -231,6 +231,7 @@ def shard_model(
             # Summed by force: a factor of 1 alone would be a reduction that only NCCL has.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-    if layout.device.type == "cuda" and hasattr(root, "set_separate_reduce_scatter_group"):
+    separable = hasattr(root, "set_separate_reduce_scatter_group")
+    if layout.device.type == "cuda" and layout.world > 1 and separable:
         # torch 2.13: in backward, reduce-scatter and all-gather run side by side.
         root.set_separate_reduce_scatter_group()

@@ -23,7 +23,7 @@ from s1fast.bench.timing import measure
 from s1fast.chat import Example
 from s1fast.decoder import Engine, SamplingParams
 from s1fast.packing import pack_batch
-from s1fast.trainer import stream_loss
+from s1fast.step import stream_loss
 
 NEW_TOKENS = 64
 

@@ -25,6 +25,7 @@ import torch
 
 from s1fast.bench.adamw import OP as ADAMW
 from s1fast.bench.environment import RESULTS, environment, result_path, version
+from s1fast.bench.layer import OP as LAYER
 from s1fast.bench.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 from s1fast.bench.op import Op, Problem, Provider, Sizes, parse_shape, shape_name
 from s1fast.bench.packed_attention import OP as PACKED_ATTENTION
@@ -34,7 +35,7 @@ from s1fast.bench.roofs import lines, roofs
 from s1fast.errors import InputError
 from s1fast.files import make_directory, write_atomic
 
-OPS = (LINEAR_CROSS_ENTROPY, PACKED_ATTENTION, ADAMW)
+OPS = (LINEAR_CROSS_ENTROPY, PACKED_ATTENTION, LAYER, ADAMW)
 
 
 @dataclass(frozen=True, kw_only=True)

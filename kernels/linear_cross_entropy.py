@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from s1fast.kernels.arguments import expect, floats
 from s1fast.kernels.jit import jit, tl
 from s1fast.kernels.softmax_gradient import num_programs, softmax_gradient_
 
@@ -150,29 +151,25 @@ def _check(
 ) -> None:
     """Raises ValueError, naming the argument, what it is and what is accepted."""
     device = hidden_TD.device
-    if device.type not in CHUNK_BYTES:
-        raise ValueError(f"hidden_TD is on {device}, expected {' or '.join(CHUNK_BYTES)}")
-    floats: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
-    floats += (torch.float64,) if device.type == "cpu" else ()
-    _expect("hidden_TD", hidden_TD, ("T", "D"), floats, device)
+    expect("hidden_TD", hidden_TD, ("T", "D"), floats(hidden_TD, "hidden_TD"), device)
     num_tokens, width = hidden_TD.shape
     dtype = hidden_TD.dtype
     wider = (dtype, torch.float32) if dtype == torch.bfloat16 else (dtype,)
-    _expect("weight_VD", weight_VD, ("V", width), wider, device)
+    expect("weight_VD", weight_VD, ("V", width), wider, device)
     if not weight_VD.numel():
         raise ValueError(f"weight_VD has shape {tuple(weight_VD.shape)}: it must not be empty")
-    _expect("label_T", label_T, (num_tokens,), (torch.int64,), device)
+    expect("label_T", label_T, (num_tokens,), (torch.int64,), device)
     weights = (torch.float32, torch.float64)
-    _expect("loss_weight_T", loss_weight_T, (num_tokens,), weights, device)
+    expect("loss_weight_T", loss_weight_T, (num_tokens,), weights, device)
     if valid_rows is not None:
-        _expect("valid_rows", valid_rows, ("R",), (torch.int64,), device)
+        expect("valid_rows", valid_rows, ("R",), (torch.int64,), device)
         if len(valid_rows) > num_tokens:
             raise ValueError(
                 f"valid_rows has shape {tuple(valid_rows.shape)}, expected at most the "
                 f"{num_tokens} rows of hidden_TD, each once"
             )
     if bad_labels is not None:
-        _expect("bad_labels", bad_labels, (), (torch.int64,), device)
+        expect("bad_labels", bad_labels, (), (torch.int64,), device)
     for name, x in (("hidden_TD", hidden_TD), ("weight_VD", weight_VD)):
         rows_apart = len(x) < 2 or x.stride(0) >= width
         if not (rows_apart and (width == 1 or x.stride(1) == 1)):
@@ -180,27 +177,6 @@ def _check(
                 f"{name} of shape {tuple(x.shape)} has strides {x.stride()}, expected contiguous "
                 f"rows; pass {name}.contiguous()"
             )
-
-
-def _expect(
-    name: str,
-    x: Tensor,
-    shape: tuple[int | str, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    """Checks rank, the sizes that are numbers, dtype and device."""
-    fits = x.ndim == len(shape) and all(
-        isinstance(want, str) or want == size for want, size in zip(shape, x.shape, strict=True)
-    )
-    if not fits:
-        expected = ", ".join(map(str, shape))
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({expected})")
-    if x.dtype not in dtypes:
-        accepted = " or ".join(map(str, dtypes))
-        raise ValueError(f"{name} {tuple(x.shape)} is {x.dtype}, expected {accepted}")
-    if x.device != device:
-        raise ValueError(f"{name} {tuple(x.shape)} is on {x.device}, hidden_TD on {device}")
 
 
 def _wide(hidden_TD: Tensor, weight_VD: Tensor) -> torch.dtype:

@@ -101,12 +101,14 @@ def packed_attention(
     scale = width**-0.5 if softmax_scale is None else softmax_scale
     if not 0 < scale < float("inf"):
         raise ValueError(f"softmax_scale {scale}: expected a positive number")
+    if not torch.compiler.is_compiling():  # a compiled graph is one for every length
+        _checked_bounds(cu_seqlens, len(q_THK), max_seqlen)
     if backend == "triton":
-        out_THK, lse2_HT = _op(q_THK, k_TNK, v_TNK, cu_seqlens, max_seqlen, causal, scale)
+        out_THK, lse2_HT = _op(q_THK, k_TNK, v_TNK, cu_seqlens, causal, scale)
         return (out_THK, lse2_HT / kernels.LOG2_E) if return_lse else out_THK
     if return_lse:
         raise ValueError(f"return_lse: backend {backend!r} does not return it, 'triton' does")
-    bounds = _checked_bounds(cu_seqlens, max_seqlen, len(q_THK))
+    bounds = _checked_bounds(cu_seqlens, len(q_THK))
     if backend == "reference":
         return _reference(q_THK, k_TNK, v_TNK, bounds, causal, scale)
     call = _flash if backend == "flash" else _torch_varlen
@@ -176,20 +178,22 @@ def _check(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, cu_seqlens: Tensor) -> N
         )
 
 
-def _checked_bounds(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> tuple[int, ...]:
+def _checked_bounds(
+    cu_seqlens: Tensor, num_tokens: int, max_seqlen: int | None = None
+) -> tuple[int, ...]:
     """The boundaries, which are data: a compiled graph looks at them when it runs."""
-    return _checked(tuple(cu_seqlens.tolist()), max_seqlen, num_tokens)
+    return _checked(tuple(cu_seqlens.tolist()), num_tokens, max_seqlen)
 
 
 @lru_cache(maxsize=16)
-def _checked(bounds: tuple[int, ...], max_seqlen: int, num_tokens: int) -> tuple[int, ...]:
+def _checked(bounds: tuple[int, ...], num_tokens: int, max_seqlen: int | None) -> tuple[int, ...]:
     """Once for a batch, whose every layer asks."""
     lengths = [stop - start for start, stop in pairwise(bounds)]
     if not bounds or bounds[0] != 0 or min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens must start at 0 and never fall, got {list(bounds)}")
     if bounds[-1] > num_tokens:
         raise ValueError(f"cu_seqlens ends at {bounds[-1]} but there are {num_tokens} tokens")
-    if max(lengths, default=0) > max_seqlen:
+    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
         raise ValueError(f"max_seqlen {max_seqlen} is below the longest sequence, {max(lengths)}")
     return bounds
 
@@ -208,7 +212,6 @@ def _op(
     k_TNK: Tensor,
     v_TNK: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -219,7 +222,7 @@ def _op(
                 f"{name} {tuple(x.shape)} has strides {x.stride()}: backend 'triton' needs unit "
                 f"stride along K and rows at multiples of 16 bytes; pass {name}.contiguous()"
             )
-    bounds = _checked_bounds(cu_seqlens, max_seqlen, len(q_THK))
+    bounds = _checked_bounds(cu_seqlens, len(q_THK))
     return kernels.forward(q_THK, k_TNK, v_TNK, bounds, causal, scale)
 
 
@@ -229,7 +232,6 @@ def _(
     k_TNK: Tensor,
     v_TNK: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -272,7 +274,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q_THK, k_TNK, v_TNK, cu_seqlens, _, ctx.causal, ctx.scale = inputs
+    q_THK, k_TNK, v_TNK, cu_seqlens, ctx.causal, ctx.scale = inputs
     out_THK, lse2_HT = output
     ctx.save_for_backward(q_THK, k_TNK, v_TNK, out_THK, lse2_HT, cu_seqlens)
     ctx.mark_non_differentiable(lse2_HT)
@@ -281,9 +283,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout_THK, _):
     if dout_THK is None:
-        return (None,) * 7
+        return (None,) * 6
     gradients = _backward_op(dout_THK, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

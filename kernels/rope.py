@@ -2,8 +2,11 @@
 
     [a, b] -> [a cos - b sin, b cos + a sin],  a, b the two halves of a head
 
-One read and one write of q and k: 4 T (H + N) K bytes in bf16. Floor for T 4,700, 40 + 8 heads of
-128 at 3.0 TB/s: 116 MB, 39 us.
+Its gradient is the rotation back: the same with -sin. Computed in fp32, rounded once.
+
+One read and one write of every head: 4 T (H + N) K bytes in bf16, and 8 T R for the tables. Floor
+at 3.0 TB/s for T 4,700, 40 + 8 heads of 128, R 64: 118 MB, 39 us; split and merge, which copy 8
+heads more, 137 MB, 46 us. Measured on an H100: not yet.
 """
 
 from __future__ import annotations
@@ -11,17 +14,161 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from s1fast.kernels.arguments import expect, expect_unit_stride, floats, wide
+
+# -- the public functions ----------------------------------------------------------------------
+
 
 def rope(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotates every head of every token.
+    """Rotates every head of every token, in one launch; differentiable in x.
 
     Args:
-        x_THK: queries or keys, fp32 or bf16.
-        cos_TR, sin_TR: fp32 tables at the tokens' positions, R = K / 2.
+        x_THK: heads, queries and keys side by side, bf16 or fp32 (fp64 on CPU), unit stride in K.
+        cos_TR, sin_TR: fp32 tables (fp64 is taken with fp64 heads) at the tokens' positions,
+            R = K / 2, contiguous.
 
     Returns:
-        The rotated heads in x's dtype, computed in fp32.
+        The rotated heads in x's dtype, contiguous.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or layout, before any launch.
     """
-    a_THR, b_THR = x_THK.float().chunk(2, dim=-1)
-    cos, sin = cos_TR[:, None], sin_TR[:, None]
-    return torch.cat((a_THR * cos - b_THR * sin, b_THR * cos + a_THR * sin), -1).to(x_THK.dtype)
+    _check("x_THK", x_THK, cos_TR, sin_TR)
+    return _op(x_THK, cos_TR, sin_TR, False)
+
+
+def rope_(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """rope in place, without autograd; returns x_THK."""
+    _check("x_THK", x_THK, cos_TR, sin_TR)
+    _rotate((x_THK,), (x_THK,), cos_TR, sin_TR, 1, back=False)
+    return x_THK
+
+
+def split(
+    qkv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries, rotated keys and values of the fused projection, in one launch; no autograd.
+
+    Args:
+        qkv_THK: (T, H + 2N, K): queries, keys, values. The others: see rope.
+
+    Returns:
+        (q_THK, k_TNK, v_TNK), each a tensor of its own.
+
+    Raises:
+        ValueError: as rope.
+    """
+    _check("qkv_THK", qkv_THK, cos_TR, sin_TR)
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    num_tokens, total, width = qkv_THK.shape
+    if min(heads) < 1 or total != sum(heads):
+        raise ValueError(
+            f"qkv_THK has shape {tuple(qkv_THK.shape)}, expected {num_heads} + 2 x {num_kv_heads} "
+            "heads, at least one of each"
+        )
+    q_THK, k_TNK, v_TNK = (qkv_THK.new_empty(num_tokens, n, width) for n in heads)
+    parts = qkv_THK.split(heads, dim=1)
+    _rotate(parts, (q_THK, k_TNK, v_TNK), cos_TR, sin_TR, 2, back=False)
+    return q_THK, k_TNK, v_TNK
+
+
+def merge(dq_THK: Tensor, dk_TNK: Tensor, dv_TNK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """The gradient of split, in one launch; no autograd.
+
+    Args:
+        dq_THK, dk_TNK, dv_TNK: gradients of split's results, unit stride along K.
+
+    Returns:
+        dqkv_THK (T, H + 2N, K), contiguous.
+
+    Raises:
+        ValueError: as rope.
+    """
+    _check("dq_THK", dq_THK, cos_TR, sin_TR)
+    num_tokens, num_heads, width = dq_THK.shape
+    for name, x_TNK in (("dk_TNK", dk_TNK), ("dv_TNK", dv_TNK)):
+        num_kv_heads = dk_TNK.shape[1] if dk_TNK.ndim == 3 else "N"
+        shape = (num_tokens, num_kv_heads, width)
+        expect(name, x_TNK, shape, (dq_THK.dtype,), dq_THK.device)
+        expect_unit_stride(name, x_TNK)
+    heads = (num_heads, dk_TNK.shape[1], dv_TNK.shape[1])
+    dqkv_THK = dq_THK.new_empty(num_tokens, sum(heads), width)
+    parts = dqkv_THK.split(heads, dim=1)
+    _rotate((dq_THK, dk_TNK, dv_TNK), parts, cos_TR, sin_TR, 2, back=True)
+    return dqkv_THK
+
+
+def _check(name: str, x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
+    """Raises ValueError, naming the argument, what it is and what is accepted."""
+    expect(name, x_THK, ("T", "H", "K"), floats(x_THK, name), x_THK.device)
+    num_tokens, num_heads, width = x_THK.shape
+    if width % 2 or not width or not num_heads:
+        raise ValueError(f"{name} has shape {tuple(x_THK.shape)}, expected heads of an even width")
+    expect_unit_stride(name, x_THK)
+    dtypes = tuple({torch.float32, wide(x_THK.dtype)})
+    for table, x_TR in (("cos_TR", cos_TR), ("sin_TR", sin_TR)):
+        expect(table, x_TR, (num_tokens, width // 2), dtypes, x_THK.device)
+        if not x_TR.is_contiguous():
+            raise ValueError(f"{table} has strides {x_TR.stride()}, pass {table}.contiguous()")
+
+
+def _rotate(
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    num_rotated: int,
+    *,
+    back: bool,
+) -> None:
+    """Heads of each input, rotated, into its output; those beyond the first num_rotated copied."""
+    function = triton_ if cos_TR.is_cuda else reference_
+    function(inputs, outputs, cos_TR, sin_TR, num_rotated, back)
+
+
+def reference_(
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    num_rotated: int,
+    back: bool,
+) -> None:
+    """_rotate in plain PyTorch."""
+    cos, sin = cos_TR[:, None], (-sin_TR if back else sin_TR)[:, None]
+    for i, (x_THK, out_THK) in enumerate(zip(inputs, outputs, strict=True)):
+        if i < num_rotated:
+            a_THR, b_THR = x_THK.to(wide(x_THK.dtype)).chunk(2, dim=2)
+            x_THK = torch.cat((a_THR * cos - b_THR * sin, b_THR * cos + a_THR * sin), 2)
+        out_THK.copy_(x_THK)
+
+
+def triton_(*args):
+    raise NotImplementedError
+
+
+# -- registration ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("s1fast::rope", mutates_args=())
+def _op(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, back: bool) -> Tensor:
+    out_THK = x_THK.new_empty(x_THK.shape)
+    _rotate((x_THK,), (out_THK,), cos_TR, sin_TR, 1, back=back)
+    return out_THK
+
+
+@_op.register_fake
+def _(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, back: bool) -> Tensor:
+    return x_THK.new_empty(x_THK.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, cos_TR, sin_TR, ctx.back = inputs
+    ctx.save_for_backward(cos_TR, sin_TR)
+
+
+def _gradient(ctx, dout_THK):
+    return _op(dout_THK.contiguous(), *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_op.register_autograd(_gradient, setup_context=_setup_context)

@@ -123,6 +123,9 @@ class TrainConfig:
     attention: Literal["auto", "triton", "flash", "torch", "reference"] = "auto"
     """Ours, flash-attn, torch's varlen attention, or torch's sequence by sequence. auto: triton on
     a GPU in bfloat16 where heads are 64 or 128 wide, else reference."""
+    compile: bool = False
+    """Compile the layers. What they do is our own kernels either way, so it saves launch time at
+    most; it needs triton attention, and minutes at the start."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -218,6 +221,11 @@ def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
         if a != b and name not in _FREE and name.split(".")[0] not in _FREE:
             lines.append(f"{name}: {a!r}, was {b!r}")
     return lines
+
+
+def flat(config: TrainConfig) -> dict[str, str]:
+    """Dotted name -> value of every field, for people to compare."""
+    return {name: str(_value(config, name)) for name in field_names(TrainConfig)}
 
 
 def field_names(cls: type, prefix: str = "") -> list[str]:

@@ -91,7 +91,7 @@ def pack_batch(
         loss_weight: "sample" gives a label of sequence i the weight 1 / (B n_i), "token" gives
             every label 1 / sum_i n_i.
         streams: indices of each stream's sequences; None for one stream of all. An empty one
-            becomes a single token of weight 0, so that its rank takes part in every collective.
+            becomes two tokens of weight 0, so that its rank takes part in every collective.
     """
     counts = label_counts(examples)
     num_labelled = sum(count > 0 for count in counts)
@@ -106,7 +106,7 @@ def pack_batch(
         yield pack(chosen, [weights[i] for i in stream] or [0.0])
 
 
-_DUMMY = Example((0,), (False,), "dummy")
+_DUMMY = Example((0, 0), (False, False), "dummy")
 
 
 def pack(examples: Sequence[Example], weights: Sequence[float]) -> PackedBatch:

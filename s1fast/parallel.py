@@ -11,8 +11,10 @@ is part of the one world mesh and of one such group.
 
 from __future__ import annotations
 
+import gc
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -20,11 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from s1fast.errors import InputError
 from s1fast.kernels.packed_attention import Backend, packed_attention
 from s1fast.model import Model
+from s1fast.ranks import ALONE, Ranks, process_group
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective waits for the last rank. Longer than a rank may take to load or to save;
@@ -32,18 +36,33 @@ one that died is noticed sooner, by torchrun, by its closed connections or by it
 
 
 @dataclass(frozen=True)
+class Group:
+    """Some ranks with a communicator, by its name: a compiled graph can hold no more."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """This process among the others."""
 
     device: torch.device
-    rank: int = 0
-    world: int = 1
+    ranks: Ranks = ALONE
     ulysses: int = 1
     """Ranks that share a stream, all on one node and consecutive."""
     mesh: DeviceMesh | None = None
     """All ranks, for FSDP. None: one process whose weights are whole."""
-    group: dist.ProcessGroup | None = None
+    group: Group | None = None
     """The ranks that share this one's stream; None where it has none to share with."""
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world(self) -> int:
+        return self.ranks.world
 
     @property
     def num_groups(self) -> int:
@@ -51,7 +70,7 @@ class Layout:
 
     @property
     def group_index(self) -> int:
-        """Which of the step's streams is this rank's."""
+        """Which of a pass's streams is this rank's."""
         return self.rank // self.ulysses
 
     @property
@@ -66,31 +85,26 @@ class Layout:
         return values
 
     def smallest(self, value: int) -> int:
-        """The least of all ranks' values; waits for them."""
-        if self.world == 1:
-            return value
-        held = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(held, dist.ReduceOp.MIN)
-        return int(held)
+        """The least of all ranks' values."""
+        return min(map(int, self.ranks.exchange(str(value))))
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        """Raises InputError on every rank where one reports an "error" or differs from rank 0."""
-        if self.world == 1:
-            return
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, facts)
+    def agree(self, facts: dict[str, str]) -> None:
+        """Raises InputError on every rank where one has other facts, by the same names, than 0."""
+        everyone = [json.loads(text) for text in self.ranks.exchange(json.dumps(facts))]
         for rank, theirs in enumerate(everyone):
-            if error := theirs.get("error"):
-                raise InputError(f"rank {rank}: {error}")
-        for rank, theirs in enumerate(everyone):
-            names = [*everyone[0], *(name for name in theirs if name not in everyone[0])]
-            for name in names:
-                ours, found = everyone[0].get(name), theirs.get(name)
-                if ours != found:
+            for name, first in everyone[0].items():
+                if theirs[name] != first:
                     raise InputError(
-                        f"the ranks disagree on {name}: {found!r} on rank {rank}, {ours!r} on "
-                        "rank 0; start all with the same recipe, data, model and code"
+                        f"the ranks disagree on {name}: {theirs[name]} on rank {rank}, {first} on "
+                        "rank 0; start all of them with the same"
                     )
+
+
+def gpus_per_node(layout: Layout) -> int:
+    """How many ranks torchrun started on each node; InputError where nodes differ."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1") if launched() else "1"
+    layout.agree({"the number of processes on a node": here})
+    return int(here)
 
 
 def ulysses_degree(gpus_per_node: int, heads: int, kv_heads: int) -> int:
@@ -114,51 +128,52 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(device: torch.device, heads: int, kv_heads: int, ulysses: int | None = None) -> Layout:
+def join(device: torch.device) -> Layout:
     """Meets the ranks that torchrun started; without it, the one process is the world.
 
     A GPU is always driven by FSDP, a world of one included, which needs no launcher; a lone CPU
     process keeps its weights whole.
 
-    Args:
-        device: this rank's.
-        heads, kv_heads: of the model.
-        ulysses: ranks that share a stream; None for ulysses_degree.
-
     Raises:
-        InputError: nodes with different numbers of ranks, or a world that does not come together.
+        InputError: a world that does not come together.
     """
     if not launched() and device.type == "cpu":
         return Layout(device)
-    rank, world, local_world = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
-    )
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = None if launched() else dist.HashStore()
-        known = {} if launched() else {"rank": 0, "world_size": 1}
-        bound = {"device_id": device} if device.type == "cuda" else {}
-        try:
-            dist.init_process_group(backend, store=store, timeout=TIMEOUT, **known, **bound)
-        except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"rank {rank} of {world} could not meet the others: {reason}"
-            ) from None
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    known: dict[str, Any] = {"timeout": TIMEOUT}
+    if not launched():
+        known |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        known["device_id"] = device
+    try:  # gloo carries what the host has to say
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **known)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
-    layout = Layout(device, rank, world, 1, mesh)
-    layout.agree({"LOCAL_WORLD_SIZE, the ranks of a node": local_world})
-    degree = ulysses or ulysses_degree(local_world, heads, kv_heads)
-    group = None
-    if degree > 1:  # a communicator of its own, also where it spans the world: FSDP's is busy
-        group, _ = dist.new_subgroups(degree)
-    return Layout(device, rank, world, degree, mesh, group)
+    return Layout(device, process_group(), mesh=mesh)
+
+
+def share_streams(layout: Layout, degree: int) -> Layout:
+    """The layout with streams shared by `degree` consecutive ranks; all ranks call it.
+
+    Raises:
+        ValueError: degree does not divide the number of ranks.
+    """
+    if layout.world % degree:
+        raise ValueError(f"{layout.world} ranks cannot be dealt to groups of {degree}")
+    if degree == 1:
+        return layout
+    # A communicator of its own, also where it spans the world: FSDP's is busy.
+    group, _ = dist.new_subgroups(degree)
+    return replace(layout, ulysses=degree, group=Group(group.group_name, degree))
 
 
 def leave() -> None:
-    """Ends what join began. After an error the others may not answer: nobody is waited for."""
+    """Ends what join began."""
     if dist.is_initialized():
+        gc.collect()  # before the groups that tensors and modules still refer to
         dist.destroy_process_group()
 
 
@@ -219,7 +234,7 @@ def ulysses_attention(
     max_seqlen: int,
     *,
     backend: Backend | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """packed_attention over a stream whose tokens are cut over a group's ranks.
 
@@ -232,7 +247,7 @@ def ulysses_attention(
     return to_tokens(packed_attention(*heads, cu_seqlens, max_seqlen, backend=backend), group)
 
 
-def to_heads(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def to_heads(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, group: Group) -> list[Tensor]:
     """Token shards with all heads -> all tokens with this rank's heads, in one all-to-all.
 
     T tokens of a rank become u T. Key-value heads fewer than u are repeated.
@@ -240,21 +255,31 @@ def to_heads(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, group: dist.ProcessGro
     return list(_ToHeads.apply(q_THK, k_TNK, v_TNK, group))
 
 
-def to_tokens(out_THK: Tensor, group: dist.ProcessGroup) -> Tensor:
+def to_tokens(out_THK: Tensor, group: Group) -> Tensor:
     """All tokens with this rank's heads -> this rank's tokens with all heads."""
     return _ToTokens.apply(out_THK, group)
 
 
-def _exchange(message: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _exchange(message: Tensor, group: Group) -> Tensor:
     """Row i of (u, ...) goes to rank i; row i of the result came from there."""
+    return torch.ops.s1fast.exchange(message, group.name)
+
+
+@torch.library.custom_op("s1fast::exchange", mutates_args=())
+def _exchange_op(message: Tensor, group: str) -> Tensor:
     received = torch.empty_like(message)
-    dist.all_to_all_single(received, message, group=group)
+    dist.all_to_all_single(received, message, group=_resolve_process_group(group))
     return received
 
 
-def _deal(heads: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+@_exchange_op.register_fake
+def _(message: Tensor, group: str) -> Tensor:
+    return torch.empty_like(message)
+
+
+def _deal(heads: list[Tensor], group: Group) -> list[Tensor]:
     """(T, heads, K) each -> (u T, heads / u, K) each, views of one buffer."""
-    parts = group.size()
+    parts = group.size
     num_tokens, _, width = heads[0].shape
     counts = [x.shape[1] // parts for x in heads]
     message = heads[0].new_empty(parts, num_tokens, sum(counts), width)
@@ -263,9 +288,9 @@ def _deal(heads: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     return list(_exchange(message, group).flatten(0, 1).split(counts, dim=1))
 
 
-def _collect(heads: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+def _collect(heads: list[Tensor], group: Group) -> list[Tensor]:
     """The inverse of _deal; contiguous results."""
-    parts = group.size()
+    parts = group.size
     counts = [x.shape[1] for x in heads]
     message = torch.cat(heads, dim=1).unflatten(0, (parts, -1))
     received = _exchange(message, group).transpose(0, 1)
@@ -276,7 +301,7 @@ class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THK, k_TNK, v_TNK, group):
         ctx.group = group
-        ctx.repeats = max(1, group.size() // k_TNK.shape[1])
+        ctx.repeats = max(1, group.size // k_TNK.shape[1])
         if ctx.repeats > 1:
             k_TNK, v_TNK = (x.repeat_interleave(ctx.repeats, dim=1) for x in (k_TNK, v_TNK))
         return tuple(_deal([q_THK, k_TNK, v_TNK], group))

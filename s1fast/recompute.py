@@ -1,11 +1,10 @@
 """What backward computes again instead of keeping: the least that fits, chosen for every stream.
 
-    saved bytes a token and layer, in bf16        32B      computed again
-    none      2 D + (H + 2 N) K + H K + 2 F     156 KB     norms and the gated product
-    gate_up   2 D + (H + 2 N) K + H K            45 KB     the gate and up projections too: +19 %
-    full      D                                  10 KB     the whole layer: +33 %
+    for Qwen2.5-32B in bf16        kept, a token and layer    time, computed again
+    none     norms, gated product                  156 KB
+    gate_up  and their projections                  45 KB    +19 %
+    full     the whole layer                        10 KB    +33 %
 
-each with H + 2 fp32 numbers more, log-sum-exp and two norms, where the layer is not computed whole.
 A function of token count and budget alone: all ranks of a step choose the same.
 """
 
@@ -13,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
 
 from s1fast.kernels.linear_cross_entropy import CHUNK_BYTES
-from s1fast.model import ModelConfig
+from s1fast.model import ModelConfig, Recompute, kept_bytes
 
-Recompute = Literal["none", "gate_up", "full"]
 Mode = Literal["auto", "none", "full"]
 
 _IN_BACKWARD = 2
@@ -31,23 +32,14 @@ _FRAGMENTATION = 0.04
 """Share of the memory that the allocator cannot put to use."""
 
 
-def saved_bytes(config: ModelConfig, itemsize: int, ulysses: int = 1) -> dict[Recompute, int]:
+def saved_bytes(config: ModelConfig, dtype: torch.dtype, ulysses: int = 1) -> dict[Recompute, int]:
     """Bytes a token and layer that forward keeps for backward.
 
     Args:
-        itemsize: bytes of a number in the compute dtype.
         ulysses: ranks that share a stream; key-value heads fewer than these are repeated.
     """
-    q_width = config.num_attention_heads * config.head_dim
-    kv_width = max(config.num_key_value_heads, ulysses) * config.head_dim
-    numbers = 2 * config.hidden_size + q_width + 2 * kv_width + q_width
-    statistics = 4 * (config.num_attention_heads + 2)
-    gate_up = numbers * itemsize + statistics
-    return {
-        "none": gate_up + 2 * config.intermediate_size * itemsize,
-        "gate_up": gate_up,
-        "full": config.hidden_size * itemsize,
-    }
+    dealt = replace(config, num_key_value_heads=max(config.num_key_value_heads, ulysses))
+    return {what: kept_bytes(dealt, what, dtype) for what in get_args(Recompute)}
 
 
 def choose_recompute(

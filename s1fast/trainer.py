@@ -1,18 +1,15 @@
-"""The training loop, on one device or many: fp32 masters, packed streams, exact resume.
+"""A training run from recipe to exported model, on one device or many: fp32 masters, exact resume.
 
-A step: split the batch over the ranks and pack it on the host, one forward and backward per stream,
-clip, AdamW. Its metrics stay on the device and are read one step later, so the host is never waited
-for. On many ranks every one runs this same loop; only the first prints, logs and writes.
+Metrics of a step are read one step later, so that the device always has work. On many ranks every
+one runs this same loop; the first alone prints and logs. What one finds wrong, all report.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,193 +17,110 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from s1fast import snapshot
-from s1fast.balance import Split, imbalance, split_step
+from s1fast.balance import imbalance
 from s1fast.chat import Chat, Example
-from s1fast.checkpoint import (
-    check_weights,
-    load_weights,
-    read_config,
-    save_model,
-    save_weights,
-)
-from s1fast.config import TrainConfig, check, differences, load_recipe, to_toml
+from s1fast.checkpoint import check_weights, load_weights, read_config, save_model, save_weights
+from s1fast.config import TrainConfig, check, differences, flat, load_recipe, to_toml
 from s1fast.errors import InputError
 from s1fast.files import make_directory, remove_leftovers, write_atomic
 from s1fast.hub import find
-from s1fast.kernels.packed_attention import Backend, check_backend, default_backend
-from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, train_flops
+from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss
 from s1fast.model import Model, ModelConfig
-from s1fast.optimizer import AdamW, learning_rate, learning_rates
-from s1fast.packing import (
-    PackedBatch,
-    cut,
-    label_counts,
-    pack_batch,
-    part_tokens,
-    step_indices,
-    steps_per_epoch,
+from s1fast.optimizer import learning_rate
+from s1fast.packing import label_counts
+from s1fast.parallel import (
+    Layout,
+    gpus_per_node,
+    join,
+    leave,
+    shard_model,
+    share_streams,
+    ulysses_degree,
 )
-from s1fast.parallel import Layout, ulysses_attention
-from s1fast.recompute import Recompute, activation_budget, choose_recompute, saved_bytes
+from s1fast.ranks import ALONE, Ranks
 from s1fast.rows import load_examples
-from s1fast.slices import Slice, slice_of
+from s1fast.slices import Slice
 from s1fast.snapshot_writer import SnapshotWriter
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Metrics of a step, still on the device."""
-
-    loss: Tensor
-    grad_norm: Tensor
-    bad_labels: Tensor
-    """How many labels were no token of the vocabulary."""
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """A step's sequences, and which group of ranks trains on which of them."""
-
-    batch: list[Example]
-    passes: list[Split]
-    """Indices into batch, of each pass, of each group."""
-    seqlens: list[int]
-    num_labels: int
-    costs: list[float]
-    """FLOPs a sequence."""
-
-
-class Trainer:
-    """Model, optimizer and data of a run; `step` advances all three."""
-
-    def __init__(
-        self, config: TrainConfig, model: Model, examples: list[Example], layout: Layout
-    ) -> None:
-        """The model is sharded already where layout.mesh says so."""
-        self.config, self.model, self.examples, self.layout = config, model, examples, layout
-        device, dtype = layout.device, model.compute_dtype
-        self.device = device
-        self.optimizer = AdamW(model.named_parameters(), config.optim, layout.sum)
-        self.attention = _attention(config, device, dtype, model.config.head_dim)
-        self.saved_bytes = saved_bytes(model.config, dtype.itemsize, layout.ulysses)
-        self.activation_bytes = _activation_bytes(config, model, layout)
-        self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
-        total = self.steps_per_epoch * config.epochs
-        self.num_steps = min(total, config.max_steps) if config.max_steps else total
-        self.learning_rates = learning_rates(self.num_steps, config.optim, device)
-
-    def batch(self, step: int) -> list[Example]:
-        """The sequences of optimizer step 0, 1, ..."""
-        chosen = step_indices(len(self.examples), self.config.batch_size, self.config.seed, step)
-        return [self.examples[i] for i in chosen]
-
-    def plan(self, step: int) -> StepPlan:
-        """Who trains on what in a step: the same on every rank."""
-        c, batch = self.config, self.batch(step)
-        seqlens, counts = [len(example.ids) for example in batch], label_counts(batch)
-        costs = [
-            train_flops(self.model.config, [n], labels)
-            for n, labels in zip(seqlens, counts, strict=True)
-        ]
-        most_tokens = c.microbatch_tokens * self.layout.ulysses
-        passes = split_step(seqlens, costs, self.layout.num_groups, most_tokens)
-        return StepPlan(batch, passes, seqlens, sum(counts), costs)
-
-    def step(self, step: int) -> StepResult:
-        """Trains on one batch and updates the weights."""
-        c, layout, plan = self.config, self.layout, self.plan(step)
-        loss = torch.zeros((), device=self.device)
-        bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
-        ours = [streams[layout.group_index] for streams in plan.passes]
-        packed = pack_batch(plan.batch, c.data.loss_weight, ours)
-        for stream, streams in zip(packed, plan.passes, strict=True):
-            part = cut(stream, layout.part, layout.ulysses).to(self.device)
-            recompute = self.recompute([sum(plan.seqlens[i] for i in ids) for ids in streams])
-            partial = stream_loss(
-                self.model, part, bad_labels, self.attention, layout.group, recompute
-            )
-            partial.backward()
-            loss += partial.detach()
-        totals = layout.sum(torch.stack((loss, bad_labels.to(loss.dtype))))
-        grad_norm = self.optimizer.step(self.learning_rates[step], c.optim.clip_norm)
-        self.optimizer.zero_grad()
-        return StepResult(totals[0], grad_norm, totals[1])
-
-    def recompute(self, stream_tokens: Sequence[int]) -> list[Recompute]:
-        """What each layer computes again in a pass of such streams, so that the longest fits."""
-        most = max(part_tokens(n, self.layout.ulysses) for n in stream_tokens)
-        layers = self.model.config.num_hidden_layers
-        mode, budget = self.config.recompute, self.activation_bytes
-        return choose_recompute(mode, layers, self.saved_bytes, most, budget)
-
-    # -- resumable state --------------------------------------------------------------------
-
-    def slices(self) -> dict[str, Slice]:
-        """This rank's rows of every tensor of the state; the rest is the number of steps taken."""
-        named = {}
-        for name, parameter in self.model.named_parameters():
-            rows = slice_of(parameter)
-            named[f"param/{name}"] = rows
-            for moment in ("exp_avg", "exp_avg_sq"):
-                held = getattr(self.optimizer, moment)[name]
-                named[f"{moment}/{name}"] = Slice(held, rows.start, rows.shape)
-        return named
-
-    def restore(self, saved: snapshot.Snapshot) -> None:
-        """Takes weights, moments and step count from a snapshot."""
-        saved.restore(self.slices())
-        self.optimizer.steps = saved.step
-
-    def facts(self) -> dict[str, object]:
-        """What a resuming run must have in common with the saved one, beyond its recipe."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(np.asarray(example.ids, np.int64).tobytes())
-            digest.update(np.asarray(example.labelled, bool).tobytes())
-        return {"data_sha256": digest.hexdigest(), "num_steps": self.num_steps}
-
-
-def stream_loss(
-    model: Model,
-    stream: PackedBatch,
-    bad_labels: Tensor | None = None,
-    attention: Backend | None = None,
-    group: ProcessGroup | None = None,
-    recompute: Sequence[Recompute] | None = None,
-) -> Tensor:
-    """Weighted loss of one packed stream, or of this rank's part of it.
-
-    bad_labels as in linear_cross_entropy, attention as packed_attention's backend, group as in
-    ulysses_attention, recompute as in Model.forward.
-    """
-
-    def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
-        boundaries = (stream.cu_seqlens, stream.max_seqlen)
-        return ulysses_attention(q_THK, k_TNK, v_TNK, *boundaries, backend=attention, group=group)
-
-    hidden_TD = model(stream.ids_T, stream.positions_T, attend)
-    return model.loss(
-        hidden_TD, stream.label_T, stream.loss_weight_T, stream.valid_rows, bad_labels
-    )
+from s1fast.step import StepResult, Trainer, attention_backend, data_sha256
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
-    """Runs a recipe to its end.
+    """Runs a recipe to its end; on every rank that torchrun started, or in this process alone.
 
     Returns:
         The exported Hugging Face folder, output/hf.
 
     Raises:
-        InputError: whatever is wrong with recipe, model, data or output folder, before anything is
-            written there; a loss that is no longer finite.
+        InputError: whatever is wrong with recipe, model, data or output folder, on whichever rank
+            and before anything is written there; a loss that is no longer finite.
     """
-    console = console or Console()
     check(config)
-    device, dtype = _device(config), _dtype(config)
+    layout = join(_device(config))
+    console = console or Console(quiet=layout.rank > 0)
+    try:
+        result = _train(config, layout, console)
+    except InputError:  # known to all ranks; after another error some may not answer any more
+        leave()
+        raise
+    leave()
+    return result
+
+
+def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
+    ranks = layout.ranks
+    with ranks.together():
+        run = _prepare(config, layout)
+    layout.agree(run.facts)
+    if config.data.preview:
+        preview(run.examples[: config.data.preview], run.chat, console)
+        return run.source
+    heads = (run.model.config.num_attention_heads, run.model.config.num_key_value_heads)
+    layout = share_streams(layout, ulysses_degree(gpus_per_node(layout), *heads))
+    shard_model(run.model, layout, config.reduce_dtype)
+    with ranks.together():
+        run.model.materialise(layout.device, torch.float32)
+        if config.init == "random":
+            run.model.init_random(config.seed)
+        else:
+            load_weights(run.model, run.source)
+    trainer = Trainer(config, run.model, run.examples, layout)
+    with ranks.together():
+        if ranks.rank == 0:
+            make_directory(config.output)
+            remove_leftovers(config.output)
+    start = _resume(trainer, console)
+    with ranks.together():
+        if ranks.rank == 0:
+            write_atomic(config.output / "config.toml", to_toml(config))
+    _print_facts(trainer, run.num_dropped, console)
+    if start < trainer.num_steps:
+        _loop(trainer, start, console)
+    target = config.output / "hf"
+    _save_trained(trainer, run.source, target)
+    if ranks.rank == 0:
+        plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
+    facts = f"model  {target}\nplot   {config.output / 'loss.png'}"
+    console.print(facts, highlight=False, markup=False, soft_wrap=True)
+    return target
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run starts from, read and checked; nothing is written or allocated yet."""
+
+    source: Path
+    chat: Chat
+    model: Model
+    """On meta."""
+    examples: list[Example]
+    num_dropped: int
+    facts: dict[str, str]
+    """What all ranks must have in common."""
+
+
+def _prepare(config: TrainConfig, layout: Layout) -> _Run:
     source = find(config.model)
     chat, model_config = Chat.load(source), read_config(source)
     if chat.vocab_size > model_config.vocab_size:
@@ -215,35 +129,35 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             f"vocab_size is {model_config.vocab_size}"
         )
     examples, num_dropped = load_examples(config.data, chat, model_config.max_position_embeddings)
-    if config.data.preview:
-        preview(examples[: config.data.preview], chat, console)
-        return source
-    _attention(config, device, dtype, model_config.head_dim)
-    _check_output(config)
+    dtype = _dtype(config)
     with torch.device("meta"):
         model = Model(model_config, compute_dtype=dtype)
-    if config.init == "pretrained":
-        check_weights(model, source)
-    model.materialise(device, torch.float32)
-    if config.init == "random":
-        model.init_random(config.seed)
-    else:
-        load_weights(model, source)
-    trainer = Trainer(config, model, examples, Layout(device))
-    make_directory(config.output)
-    remove_leftovers(config.output)
-    start = _resume(trainer, console)
-    write_atomic(config.output / "config.toml", to_toml(config))
-    _print_facts(trainer, num_dropped, console)
-    if start < trainer.num_steps:
-        _loop(trainer, start, console)
-    plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
-    target = config.output / "hf"
-    if not target.exists():
-        _save_trained(trainer, source, target)
-    facts = f"model  {target}\nplot   {config.output / 'loss.png'}"
-    console.print(facts, highlight=False, markup=False, soft_wrap=True)
-    return target
+    if not config.data.preview:
+        attention_backend(config, layout.device, dtype, model_config.head_dim)
+        if layout.world > 1 and not config.checkpoint.every:
+            raise InputError(
+                "checkpoint.every: 0 keeps no snapshot, but what several ranks have trained is "
+                "exported from the last one; give a number of steps"
+            )
+        if layout.rank == 0:
+            _check_output(config)
+        if config.init == "pretrained":
+            check_weights(model, source)
+    facts = {
+        **flat(config),
+        "the training data": data_sha256(examples),
+        "the model's config.json": repr(model_config),
+        "the version of torch": torch.__version__,
+        "s1fast's code": _code_sha256(),
+    }
+    return _Run(source, chat, model, examples, num_dropped, facts)
+
+
+def _code_sha256() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("**/*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def export(run: Path, target: Path) -> Path:
@@ -264,17 +178,19 @@ def export(run: Path, target: Path) -> Path:
 
 def _save_trained(trainer: Trainer, source: Path, target: Path) -> None:
     """Writes the trained model: its last snapshot, or what is in memory where none is kept."""
-    c = trainer.config
+    c, ranks = trainer.config, trainer.layout.ranks
+    if ranks.exchange(str(target.exists()))[0] == "True":
+        return
     if not c.checkpoint.every:
         save_model(trainer.model, source, target, getattr(torch, c.checkpoint.export_dtype))
         return
-    saved, warnings = snapshot.newest(c.output / "snapshots", repair=False)
+    saved, warnings = snapshot.newest(c.output / "snapshots", repair=False, ranks=ranks)
     if saved is None or saved.step != trainer.num_steps:
         raise InputError(
             f"{'; '.join(warnings)}; the last snapshot, which the model is exported from, is lost; "
             "to repeat the steps since the one before: --checkpoint.resume"
         )
-    _save_snapshot(saved, trainer.model.config, source, target, c)
+    _save_snapshot(saved, trainer.model.config, source, target, c, ranks)
 
 
 def _save_snapshot(
@@ -283,33 +199,38 @@ def _save_snapshot(
     source: Path,
     target: Path,
     config: TrainConfig,
+    ranks: Ranks = ALONE,
 ) -> None:
     def read(name: str, part: Slice) -> None:
         saved.read(f"param/{name}", part)
 
-    save_weights(model, read, source, target, getattr(torch, config.checkpoint.export_dtype))
+    dtype = getattr(torch, config.checkpoint.export_dtype)
+    save_weights(model, read, source, target, dtype, ranks)
 
 
 def _loop(trainer: Trainer, start: int, console: Console) -> None:
-    c = trainer.config
-    peak, source = peak_tflops(trainer.device, trainer.model.compute_dtype)
-    console.print(
-        f"MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / {peak:.3g} TFLOP/s ({source})",
-        highlight=False,
-        soft_wrap=True,
-    )
-    log = RunLog(
-        c.output,
-        console,
-        num_steps=trainer.num_steps,
-        start=start,
-        every=c.log.every,
-        board=c.log.tensorboard,
-    )
+    c, ranks = trainer.config, trainer.layout.ranks
+    log, peak = None, 0.0
+    if ranks.rank == 0:
+        peak, source = peak_tflops(trainer.device, trainer.model.compute_dtype)
+        console.print(
+            "MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices / "
+            f"{peak:.3g} TFLOP/s ({source})",
+            highlight=False,
+            soft_wrap=True,
+        )
+        log = RunLog(
+            c.output,
+            console,
+            num_steps=trainer.num_steps,
+            start=start,
+            every=c.log.every,
+            board=c.log.tensorboard,
+        )
     writer = None
     if c.checkpoint.every:
-        writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep)
-    with log, writer or contextlib.nullcontext():
+        writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep, ranks)
+    with log or contextlib.nullcontext(), writer or contextlib.nullcontext():
         began = launched = time.perf_counter()
         pending: tuple[int, StepResult, float] | None = None  # step, metrics, when it began
 
@@ -334,7 +255,8 @@ def _loop(trainer: Trainer, start: int, console: Console) -> None:
                 ended = time.perf_counter()
             elapsed_s = ended - began
             timing = (ended - started, elapsed_s / (step + 1 - start), elapsed_s)
-            log.write(_record(trainer, step, loss, grad_norm, timing, peak))
+            if log:
+                log.write(_record(trainer, step, loss, grad_norm, timing, peak))
 
         for step in range(start, trainer.num_steps):
             launched = time.perf_counter()
@@ -345,7 +267,7 @@ def _loop(trainer: Trainer, start: int, console: Console) -> None:
             if writer and (done % c.checkpoint.every == 0 or done == trainer.num_steps):
                 report()  # a snapshot of a diverged run is never written
                 pending = None
-                writer.save(done, trainer.slices(), trainer.facts())
+                writer.save(done, trainer.slices(), trainer.facts)
         report()
 
 
@@ -381,41 +303,24 @@ def _record(
 
 
 def _device(config: TrainConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
+    """This process's: of a node's GPUs, the one of its number."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count, index = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if not count:
         raise InputError("device: cuda was asked for, but torch sees no CUDA device")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(found if config.device == "auto" else config.device)
+    if index >= count:
+        raise InputError(
+            f"device: process {index + 1} of this node finds {count} GPUs; start one a GPU, by "
+            f"torchrun --nproc-per-node {count}"
+        )
+    return torch.device("cuda", index)
 
 
 def _dtype(config: TrainConfig) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return torch.bfloat16 if _device(config).type == "cuda" else torch.float32
-
-
-def _activation_bytes(config: TrainConfig, model: Model, layout: Layout) -> float:
-    """Memory for what forward keeps: as configured, or the least that any rank has free."""
-    if config.activation_gb:
-        return config.activation_gb * 1e9
-    if layout.device.type == "cpu":
-        return math.inf
-    device = layout.device
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    itemsize = model.compute_dtype.itemsize
-    return layout.smallest(activation_budget(free, model.config, itemsize, layout.world))
-
-
-def _attention(
-    config: TrainConfig, device: torch.device, dtype: torch.dtype, width: int
-) -> Backend:
-    if config.attention == "auto":
-        return default_backend(device, dtype, width)
-    try:
-        check_backend(config.attention, device, dtype, width)
-    except ValueError as error:
-        raise InputError(f"attention: {error}") from None
-    return config.attention
 
 
 def _check_output(config: TrainConfig) -> None:
@@ -442,22 +347,22 @@ def _check_output(config: TrainConfig) -> None:
 
 def _resume(trainer: Trainer, console: Console) -> int:
     """Steps already taken: those of the newest whole snapshot, when resuming."""
-    config = trainer.config
+    config, ranks = trainer.config, trainer.layout.ranks
     if not config.checkpoint.resume:
         return 0
-    saved, warnings = snapshot.newest(config.output / "snapshots", repair=True)
+    saved, warnings = snapshot.newest(config.output / "snapshots", repair=True, ranks=ranks)
     for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     if saved is None:
         return 0
-    facts = trainer.facts()
-    for name, value in facts.items():
+    for name, value in trainer.facts.items():
         if saved.facts.get(name) != value:
             raise InputError(
                 f"{saved.folder}: {name} was {saved.facts.get(name)}, now it is {value}; the data "
                 "or the schedule has changed, so this would be another run"
             )
-    trainer.restore(saved)
+    with ranks.together():
+        trainer.restore(saved)
     console.print(f"resuming after step {saved.step}", highlight=False)
     return saved.step
 
@@ -466,13 +371,18 @@ def _print_facts(trainer: Trainer, num_dropped: int, console: Console) -> None:
     c, examples = trainer.config, trainer.examples
     tokens = sum(len(example.ids) for example in examples)
     parameters = sum(p.numel() for p in trainer.model.parameters())
+    layout = trainer.layout
+    over = ""
+    if layout.world > 1:
+        over = f", over {layout.world} ranks: streams {layout.num_groups} x {layout.ulysses}"
     left_out = f", {num_dropped} left out as too long" if num_dropped else ""
     console.print(
         f"model  {c.model}, {parameters:,} parameters, {trainer.device} "
         f"{trainer.model.compute_dtype}, {trainer.attention} attention\n"
         f"data   {len(examples):,} sequences, {tokens:,} tokens, "
         f"{sum(label_counts(examples)):,} with loss{left_out}\n"
-        f"run    {trainer.num_steps} steps of {c.batch_size}, {trainer.steps_per_epoch} an epoch",
+        f"run    {trainer.num_steps} steps of {c.batch_size}, {trainer.steps_per_epoch} an epoch"
+        f"{over}",
         highlight=False,
         markup=False,
         soft_wrap=True,

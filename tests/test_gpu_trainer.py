@@ -13,7 +13,8 @@ from s1fast import snapshot
 from s1fast.chat import Example
 from s1fast.checkpoint import load_model
 from s1fast.config import OptimConfig, TrainConfig
-from s1fast.trainer import Trainer
+from s1fast.parallel import Layout
+from s1fast.step import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +31,7 @@ def trainer_of(folder: Path, device: str, moments: Any, compute: torch.dtype) ->
     config = TrainConfig(batch_size=4, microbatch_tokens=600, epochs=4, optim=optim)
     model = load_model(folder, torch.device(device), torch.float32)
     model.compute_dtype = compute
-    return Trainer(config, model, examples, torch.device(device))
+    return Trainer(config, model, examples, Layout(torch.device(device)))
 
 
 def wide(make_model: Callable[..., Path]) -> Path:

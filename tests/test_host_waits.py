@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from s1fast.chat import Example
 from s1fast.checkpoint import load_model
 from s1fast.config import OptimConfig, TrainConfig
-from s1fast.trainer import Trainer
+from s1fast.parallel import Layout
+from s1fast.step import Trainer
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,7 @@ def test_a_step_reads_nothing(
     config = TrainConfig(
         batch_size=4, microbatch_tokens=60, optim=OptimConfig(lr=1e-2, moments=moments)
     )
-    trainer = Trainer(config, load_model(make_model(), CPU, torch.float32), examples(), CPU)
+    trainer = Trainer(config, load_model(make_model(), CPU, torch.float32), examples(), Layout(CPU))
     with monkeypatch.context() as patch, NoWaiting():
         forbid_reading(patch)
         results = [trainer.step(step) for step in range(2)]

@@ -34,15 +34,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "snapshot": {"errors", "files", "ranks", "slices", "tensor_files"},
     "snapshot_writer": {"errors", "files", "ranks", "slices", "snapshot", "tensor_files"},
     "budget": {"chat", "errors"},
+    "balance": set(),
     "packing": {"chat"},
     "rows": {"chat", "config", "errors", "files", "hub"},
-    "model": {"errors", "kernels"},
+    "model": {"errors", "kernels", "slices"},
+    "recompute": {"kernels", "model"},
+    "parallel": {"errors", "kernels", "model", "ranks"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
     "kv_cache": {"kernels", "model"},
-    "trainer": {"chat", "checkpoint", "config", "errors", "files", "hub", "kernels", "metrics"}
-    | {"model", "optimizer", "packing", "ranks", "rows", "slices", "snapshot", "snapshot_writer"},
+    "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
+    | {"packing", "parallel", "recompute", "slices", "snapshot"},
+    "trainer": {"balance", "chat", "checkpoint", "config", "errors", "files", "hub", "metrics"}
+    | {"model", "optimizer", "packing", "parallel", "ranks", "rows", "slices", "snapshot"}
+    | {"snapshot_writer", "step"},
     "decoder": {"budget", "chat", "checkpoint", "errors", "hub", "kernels", "kv_cache", "model"},
     "console": {"decoder"},
     "demo_tasks": {"files"},
@@ -57,7 +63,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainer",
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
-    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "packing", "trainer"},
+    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "model", "packing"}
+    | {"step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"recipes", "trainer"},
     "__main__": {"cli"},

@@ -35,7 +35,8 @@ from s1fast.model import ModelConfig
 from s1fast.optimizer import learning_rate
 from s1fast.packing import pack, step_indices
 from s1fast.rows import load_examples
-from s1fast.trainer import stream_loss, train
+from s1fast.step import stream_loss
+from s1fast.trainer import train
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from s1fast.errors import InputError
 from s1fast.kernels.packed_attention import packed_attention
 from s1fast.model import Model, ModelConfig, inverse_frequencies
 from s1fast.packing import PackedBatch, pack
-from s1fast.trainer import stream_loss
+from s1fast.step import stream_loss
 
 CPU = torch.device("cpu")
 

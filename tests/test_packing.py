@@ -26,7 +26,7 @@ from s1fast.packing import (
     step_indices,
     steps_per_epoch,
 )
-from s1fast.trainer import stream_loss
+from s1fast.step import stream_loss
 
 CPU = torch.device("cpu")
 Streams = list[list[int]] | None
@@ -154,12 +154,12 @@ def test_weights_by_hand(loss_weight: LossWeight, weights: list[float], streams:
 
 
 def test_streams_hold_what_they_are_told_to() -> None:
-    """An empty one is a token of weight 0: its rank has something to run."""
+    """An empty one is two tokens of weight 0: its rank has something to run."""
     examples = random_examples([5, 3, 9])
     first, empty, last = pack_batch(examples, "sample", [[2, 0], [], [1]])
     assert first.cu_seqlens.tolist() == [0, 9, 14]
     assert tuple(first.ids_T.tolist()) == examples[2].ids + examples[0].ids
-    assert empty.cu_seqlens.tolist() == [0, 1] and empty.valid_rows.tolist() == []
+    assert empty.cu_seqlens.tolist() == [0, 2] and empty.valid_rows.tolist() == []
     assert tuple(last.ids_T.tolist()) == examples[1].ids
 
 

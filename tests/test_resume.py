@@ -652,7 +652,7 @@ def test_a_spoilt_step_is_in_no_snapshot(
                 number = 0
             yield stream
 
-    monkeypatch.setattr("s1fast.trainer.pack_batch", pack)
+    monkeypatch.setattr("s1fast.step.pack_batch", pack)
     flags = ["--output", str(tmp_path / "run"), "--checkpoint.every", str(every)]
     done = command(["train", str(setup.recipe), *flags])
     assert done.returncode == 2 and message in done.stderr

@@ -22,7 +22,7 @@ from s1fast.kernels import packed_attention_triton
 from s1fast.kernels.jit import INTERPRETED
 from s1fast.packing import label_counts, step_indices
 from s1fast.parallel import Layout
-from s1fast.trainer import Trainer
+from s1fast.step import Trainer
 
 CPU = torch.device("cpu")
 

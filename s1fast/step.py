@@ -1,0 +1,235 @@
+"""A step of training: who trains on what, forward, backward and update.
+
+The batch is split over the ranks and packed on the host; a forward and backward for each stream,
+clip, AdamW. Loss and norm stay on the device: the host waits for nothing. Every rank runs the same
+step; its gradients, weights and moments are its own rows alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s1fast import snapshot
+from s1fast.balance import Split, split_step
+from s1fast.chat import Example
+from s1fast.config import TrainConfig
+from s1fast.errors import InputError
+from s1fast.kernels.packed_attention import Backend, check_backend, default_backend
+from s1fast.metrics import train_flops
+from s1fast.model import Model, Recompute
+from s1fast.optimizer import AdamW, learning_rates
+from s1fast.packing import (
+    PackedBatch,
+    cut,
+    label_counts,
+    pack,
+    pack_batch,
+    part_tokens,
+    step_indices,
+    steps_per_epoch,
+)
+from s1fast.parallel import Layout, ulysses_attention
+from s1fast.recompute import activation_budget, choose_recompute, saved_bytes
+from s1fast.slices import Slice, slice_of
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Metrics of a step, still on the device."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    bad_labels: Tensor
+    """How many labels were no token of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step's sequences, and which group of ranks trains on which of them."""
+
+    batch: list[Example]
+    passes: list[Split]
+    """Indices into batch, of each pass, of each group."""
+    seqlens: list[int]
+    num_labels: int
+    costs: list[float]
+    """FLOPs a sequence."""
+
+
+class Trainer:
+    """Model, optimizer and data of a run; `step` advances all three."""
+
+    def __init__(
+        self, config: TrainConfig, model: Model, examples: list[Example], layout: Layout
+    ) -> None:
+        """The model is sharded already where layout.mesh says so."""
+        self.config, self.model, self.examples, self.layout = config, model, examples, layout
+        device, dtype = layout.device, model.compute_dtype
+        self.device = device
+        self.optimizer = AdamW(model.named_parameters(), config.optim, layout.sum)
+        self.attention = attention_backend(config, device, dtype, model.config.head_dim)
+        self.saved_bytes = saved_bytes(model.config, dtype, layout.ulysses)
+        self.activation_bytes = _activation_bytes(config, model, layout)
+        self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
+        total = self.steps_per_epoch * config.epochs
+        self.num_steps = min(total, config.max_steps) if config.max_steps else total
+        self.learning_rates = learning_rates(self.num_steps, config.optim, device)
+        if config.compile:
+            self._compile()
+
+    def batch(self, step: int) -> list[Example]:
+        """The sequences of optimizer step 0, 1, ..."""
+        chosen = step_indices(len(self.examples), self.config.batch_size, self.config.seed, step)
+        return [self.examples[i] for i in chosen]
+
+    def plan(self, step: int) -> StepPlan:
+        """Who trains on what in a step: the same on every rank."""
+        c, batch = self.config, self.batch(step)
+        seqlens, counts = [len(example.ids) for example in batch], label_counts(batch)
+        costs = [
+            train_flops(self.model.config, [n], labels)
+            for n, labels in zip(seqlens, counts, strict=True)
+        ]
+        most_tokens = c.microbatch_tokens * self.layout.ulysses
+        passes = split_step(seqlens, costs, self.layout.num_groups, most_tokens)
+        return StepPlan(batch, passes, seqlens, sum(counts), costs)
+
+    def step(self, step: int) -> StepResult:
+        """Trains on one batch and updates the weights."""
+        loss, bad_labels = self.backward(self.plan(step))
+        grad_norm = self.optimizer.step(self.learning_rates[step], self.config.optim.clip_norm)
+        self.optimizer.zero_grad()
+        return StepResult(loss, grad_norm, bad_labels)
+
+    def backward(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Leaves a step's gradients; returns its loss and number of bad labels over all ranks."""
+        layout = self.layout
+        loss = torch.zeros((), device=self.device)
+        bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
+        ours = [streams[layout.group_index] for streams in plan.passes]
+        packed = pack_batch(plan.batch, self.config.data.loss_weight, ours)
+        for stream, streams in zip(packed, plan.passes, strict=True):
+            part = cut(stream, layout.part, layout.ulysses).to(self.device)
+            recompute = self.recompute([sum(plan.seqlens[i] for i in ids) for ids in streams])
+            partial = stream_loss(self.model, part, bad_labels, self.attention, recompute, layout)
+            partial.backward()
+            loss += partial.detach()
+        totals = layout.sum(torch.stack((loss, bad_labels.to(loss.dtype))))
+        return totals[0], totals[1]
+
+    def recompute(self, stream_tokens: Sequence[int]) -> list[Recompute]:
+        """What each layer computes again in a pass of such streams, so that the longest fits."""
+        most = max(part_tokens(n, self.layout.ulysses) for n in stream_tokens)
+        layers = self.model.config.num_hidden_layers
+        mode, budget = self.config.recompute, self.activation_bytes
+        return choose_recompute(mode, layers, self.saved_bytes, most, budget)
+
+    def _compile(self) -> None:
+        """Compiles the layers and builds every graph that a step may need, before the first one."""
+        if self.attention != "triton":
+            raise InputError(
+                f"compile: attention {self.attention!r} cannot be compiled with the layer; choose "
+                "'triton', or leave compile away"
+            )
+        self.model.compile_layers()
+        token = Example(ids=(0, 0), labelled=(False, True), where="warm-up")
+        stream = pack([token, token], [0.0, 0.0])
+        stream = cut(stream, self.layout.part, self.layout.ulysses).to(self.device)
+        for what in get_args(Recompute):
+            policy = [what] * len(self.model.layers)
+            stream_loss(self.model, stream, None, self.attention, policy, self.layout).backward()
+        self.optimizer.zero_grad()
+
+    # -- resumable state --------------------------------------------------------------------
+
+    def slices(self) -> dict[str, Slice]:
+        """This rank's rows of every tensor of the state; the rest is the number of steps taken."""
+        named = {}
+        for name, parameter in self.model.named_parameters():
+            rows = slice_of(parameter)
+            named[f"param/{name}"] = rows
+            for moment in ("exp_avg", "exp_avg_sq"):
+                held = getattr(self.optimizer, moment)[name]
+                named[f"{moment}/{name}"] = Slice(held, rows.start, rows.shape)
+        return named
+
+    def restore(self, saved: snapshot.Snapshot) -> None:
+        """Takes weights, moments and step count from a snapshot."""
+        saved.restore(self.slices())
+        self.optimizer.steps = saved.step
+
+    @cached_property
+    def facts(self) -> dict[str, object]:
+        """What a resuming run must have in common with the saved one, beyond its recipe."""
+        return {"data_sha256": data_sha256(self.examples), "num_steps": self.num_steps}
+
+
+def data_sha256(examples: Sequence[Example]) -> str:
+    """Of all token ids and labels, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.asarray(example.ids, np.int64).tobytes())
+        digest.update(np.asarray(example.labelled, bool).tobytes())
+    return digest.hexdigest()
+
+
+def stream_loss(
+    model: Model,
+    stream: PackedBatch,
+    bad_labels: Tensor | None = None,
+    attention: Backend | None = None,
+    recompute: Sequence[Recompute] | None = None,
+    layout: Layout | None = None,
+) -> Tensor:
+    """Weighted loss of one packed stream, or of this rank's part of it.
+
+    bad_labels as in linear_cross_entropy, attention as the backend of packed_attention, recompute
+    as in Model; layout says who has the other parts.
+    """
+    if model.compiled:
+        torch._dynamo.mark_dynamic(stream.cu_seqlens, 0)
+    group = layout.group if layout else None
+
+    def attend(layer: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
+        boundaries = (stream.cu_seqlens, stream.max_seqlen)
+        return ulysses_attention(q_THK, k_TNK, v_TNK, *boundaries, backend=attention, group=group)
+
+    hidden_TD = model(stream.ids_T, stream.positions_T, attend, recompute=recompute)
+    return model.loss(
+        hidden_TD, stream.label_T, stream.loss_weight_T, stream.valid_rows, bad_labels
+    )
+
+
+def _activation_bytes(config: TrainConfig, model: Model, layout: Layout) -> float:
+    """Memory for what forward keeps: as configured, or the least that any rank has free."""
+    if config.activation_gb:
+        return config.activation_gb * 1e9
+    if layout.device.type == "cpu":
+        return math.inf
+    device = layout.device
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    itemsize = model.compute_dtype.itemsize
+    return layout.smallest(activation_budget(free, model.config, itemsize, layout.world))
+
+
+def attention_backend(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, width: int
+) -> Backend:
+    """The configured one; InputError where it cannot run or take such heads."""
+    if config.attention == "auto":
+        return default_backend(device, dtype, width)
+    try:
+        check_backend(config.attention, device, dtype, width)
+    except ValueError as error:
+        raise InputError(f"attention: {error}") from None
+    return config.attention

@@ -1,0 +1,342 @@
+"""Checks that several processes run together: `python tests/rank_checks.py OUT WORLD ...`.
+
+One process imports torch and forks the ranks of each world, which run every check of CHECKS for
+that world and write OUT/<world>-<rank>.json: name -> error, "" where it holds. test_parallel.py
+starts this once and reports every check as a test.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from s1fast.chat import Example
+from s1fast.config import DataConfig, OptimConfig, TrainConfig
+from s1fast.errors import InputError
+from s1fast.model import Model, ModelConfig
+from s1fast.optimizer import local
+from s1fast.parallel import Layout, join, leave, shard_model, share_streams, to_heads, to_tokens
+from s1fast.step import Trainer
+
+CPU = torch.device("cpu")
+LENGTHS = [40, 7, 23, 64, 2, 31, 12, 55]
+TOLERANCE = 4e-6
+"""Relative, in norm. fp32 sums of up to a few hundred terms, each rounded to 2^-24, in another
+order: about 1e-6. A token left out or counted twice moves percents."""
+
+
+def model_config(**changes) -> ModelConfig:
+    fields = {
+        "model_type": "qwen2",
+        "vocab_size": 101,  # no multiple of any number of ranks
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+    }
+    return ModelConfig(**{**fields, **changes})
+
+
+def recipe(**changes) -> TrainConfig:
+    values = {
+        "model": "none",
+        "data": DataConfig(path="none"),
+        "batch_size": 8,
+        "epochs": 1,
+        "recompute": "none",
+        "attention": "reference",
+        "optim": OptimConfig(lr=3e-3),
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def examples(lengths: list[int], seed: int = 0) -> list[Example]:
+    """Prompts of a third, without loss."""
+    rng = random.Random(seed)
+    made = []
+    for n in lengths:
+        ids = tuple(rng.randrange(101) for _ in range(n))
+        made.append(Example(ids, tuple(i >= n // 3 for i in range(n)), "test"))
+    return made
+
+
+def make(
+    config: ModelConfig,
+    train: TrainConfig,
+    rows: list[Example],
+    layout: Layout,
+    dtype=torch.float32,
+) -> Trainer:
+    """Weights large enough that every part of the model matters."""
+    torch.manual_seed(0)
+    model = Model(config, compute_dtype=dtype).init_random(0, std=0.15)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(std=0.2)
+    shard_model(model, layout, train.reduce_dtype)
+    return Trainer(train, model, rows, layout)
+
+
+def own_rows(whole: Tensor, parameter: Tensor, layout: Layout) -> Tensor:
+    """What FSDP leaves to this rank: torch.chunk's part, maybe none."""
+    size = -(-len(whole) // layout.world)
+    part = whole[layout.rank * size : (layout.rank + 1) * size]
+    assert local(parameter).shape == part.shape
+    return part
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = local(parameter.grad)
+    return found
+
+
+def compare(
+    world: Layout,
+    degree: int,
+    config: ModelConfig,
+    train: TrainConfig | None = None,
+    lengths: list[int] | None = None,
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Loss and every gradient of a step: this many ranks and one."""
+    train = train or recipe()
+    rows = examples(lengths or LENGTHS)
+    alone = make(config, replace(train, microbatch_tokens=1 << 20), rows, Layout(CPU))
+    many = make(config, train, rows, share_streams(world, degree))
+    wanted_loss, _ = alone.backward(alone.plan(0))
+    found_loss, bad = many.backward(many.plan(0))
+    assert float(bad) == 0
+    assert abs(float(found_loss / wanted_loss) - 1) <= tolerance
+    wanted, found = gradients(alone), gradients(many)
+    for name, parameter in many.model.named_parameters():
+        whole = wanted[name]
+        error = torch.zeros(())
+        part = own_rows(whole, parameter, world)
+        error = world.sum((found[name] - part).square().sum()).sqrt() / whole.norm()
+        assert float(error) <= tolerance, f"{name}: {float(error)}"
+
+
+def curve(trainer: Trainer) -> list[float]:
+    return [float(trainer.step(i).loss) for i in range(trainer.num_steps)]
+
+
+def compare_curves(world: Layout, degree: int, config: ModelConfig, train: TrainConfig) -> None:
+    """Twenty steps: losses and, at the end, every weight."""
+    rows = examples([random.Random(i).randrange(2, 60) for i in range(37)])
+    train = replace(train, batch_size=4, epochs=100, max_steps=20)
+    alone = make(config, train, rows, Layout(CPU))
+    many = make(config, train, rows, share_streams(world, degree))
+    wanted, found = curve(alone), curve(many)
+    assert min(wanted) < 0.9 * wanted[0]  # it learns
+    # A step hands its rounding on to the next, and Adam divides by gradients that are small.
+    worst = max(abs(f / w - 1) for f, w in zip(found, wanted, strict=True))
+    assert worst <= 2e-5, f"{worst}: {found} {wanted}"
+
+
+# -- the checks ------------------------------------------------------------------------------------
+
+UNTIED = model_config()
+TIED = model_config(tie_word_embeddings=True, model_type="llama", attention_bias=False)
+Check = Callable[[Layout], None]
+CHECKS: dict[int, dict[str, Check]] = {2: {}, 3: {}, 4: {}}
+
+
+def check(*worlds: int) -> Callable[[Check], Check]:
+    def register(function: Check) -> Check:
+        for world in worlds:
+            CHECKS[world][function.__name__] = function
+        return function
+
+    return register
+
+
+@check(2, 3)
+def fsdp(world: Layout) -> None:
+    compare(world, 1, UNTIED)
+
+
+@check(2, 4)
+def fsdp_tied(world: Layout) -> None:
+    compare(world, 1, TIED)
+
+
+@check(2)
+def ulysses(world: Layout) -> None:
+    compare(world, 2, UNTIED)
+
+
+@check(4)
+def fsdp_and_ulysses(world: Layout) -> None:
+    compare(world, 2, UNTIED)
+
+
+@check(4)
+def repeated_kv_heads(world: Layout) -> None:
+    """Four ranks share a stream, two key-value heads."""
+    compare(world, 4, TIED)
+
+
+@check(3)
+def three_share_a_stream(world: Layout) -> None:
+    config = model_config(num_attention_heads=6, num_key_value_heads=3)
+    compare(world, 3, config, lengths=[5, 1, 2, 3, 9, 70, 11, 2])
+
+
+@check(2, 4)
+def accumulation(world: Layout) -> None:
+    """As many passes on every rank, some of them empty."""
+    train = recipe(microbatch_tokens=40 // (world.world // 2))
+    compare(world, world.world // 2, UNTIED, train)
+
+
+@check(4)
+def empty_group(world: Layout) -> None:
+    compare(world, 2, UNTIED, recipe(batch_size=1), lengths=[33])
+
+
+@check(4)
+def fewer_tokens_than_ranks(world: Layout) -> None:
+    compare(world, 4, UNTIED, recipe(batch_size=1), lengths=[3])
+
+
+@check(4)
+def token_weights(world: Layout) -> None:
+    compare(world, 2, UNTIED, recipe(data=DataConfig(path="none", loss_weight="token")))
+
+
+@check(2)
+def recomputed(world: Layout) -> None:
+    compare(world, 2, UNTIED, recipe(recompute="full"))
+
+
+@check(2)
+def partly_recomputed(world: Layout) -> None:
+    """A budget between all and nothing gives a mixture, and the same gradients."""
+    train = recipe(recompute="auto", activation_gb=0.00105)
+    trainer = make(UNTIED, train, examples(LENGTHS), share_streams(world, 2))
+    chosen = trainer.recompute([sum(LENGTHS)])
+    assert len(set(chosen)) > 1, chosen
+    compare(world, 2, UNTIED, train)
+
+
+@check(4)
+def reduced_in_bf16(world: Layout) -> None:
+    """Each rank's share of a gradient is rounded to bf16, and so is every partial sum: 2^-9 a
+    rounding, three of them with four ranks."""
+    compare(world, 2, UNTIED, recipe(reduce_dtype="bfloat16"), tolerance=3 * 2.0**-9)
+
+
+@check(4)
+def curves(world: Layout) -> None:
+    compare_curves(world, 2, UNTIED, recipe())
+
+
+@check(3)
+def curves_tied(world: Layout) -> None:
+    compare_curves(world, 1, TIED, recipe(microbatch_tokens=50))
+
+
+@check(2)
+def heads_and_back(world: Layout) -> None:
+    """Every token arrives, at its place, with the heads that are this rank's."""
+    group = share_streams(world, 2).group
+    assert group is not None
+    whole_THK = torch.arange(6 * 4 * 3.0).view(6, 4, 3)
+    mine = slice(3 * world.rank, 3 * world.rank + 3)
+    for kv_heads in (2, 1):  # a head each, and one for both
+        whole_TNK = whole_THK[:, :kv_heads] + 0.1
+        q, k, v = to_heads(whole_THK[mine], whole_TNK[mine], 2 * whole_TNK[mine], group)
+        assert torch.equal(q, whole_THK[:, 2 * world.rank : 2 * world.rank + 2])
+        own = min(world.rank, kv_heads - 1)
+        assert torch.equal(k, whole_TNK[:, own, None])
+        assert torch.equal(v, 2 * whole_TNK[:, own, None])
+        assert torch.equal(to_tokens(q.contiguous(), group), whole_THK[mine])
+
+
+@check(2, 4)
+def smallest(world: Layout) -> None:
+    assert world.smallest(100 - world.rank) == 101 - world.world
+
+
+@check(3)
+def ranks_that_disagree(world: Layout) -> None:
+    world.agree({"seed": "1", "data": "abc"})
+    try:
+        world.agree({"seed": "1", "data": "abd" if world.rank == 2 else "abc"})
+    except InputError as error:
+        assert "disagree on data: abd on rank 2, abc on rank 0" in str(error)
+    else:
+        raise AssertionError("nobody noticed")
+
+
+# -- running them ----------------------------------------------------------------------------------
+
+
+def run(out: Path, world: int, rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    layout = join(CPU)
+    results = {}
+    for name, function in CHECKS[world].items():
+        began = time.perf_counter()
+        error = ""
+        try:
+            function(layout)
+        except BaseException:
+            error = traceback.format_exc()
+        results[name] = error
+        if rank == 0:
+            print(f"{world} ranks: {name} {time.perf_counter() - began:.2f} s", flush=True)
+        # Before the next check may meet in a collective whoever is still in this one.
+        (out / f"{world}-{rank}.json").write_text(json.dumps(results))
+        if error:
+            os._exit(1)
+    dist.barrier()
+    leave()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    for size in map(int, sys.argv[2:]):
+        arguments = (Path(sys.argv[1]), size)
+        port = free_port()
+        ranks = [fork.Process(target=run, args=(*arguments, i, port)) for i in range(size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+            # Nobody answers the others once one has failed.
+            if process.exitcode:
+                print(f"{size} ranks: one ended with {process.exitcode}")

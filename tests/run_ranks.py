@@ -1,11 +1,12 @@
 """The command on several ranks, processes forked from one that has imported torch already.
 
-What torchrun does, without its minutes: the same variables, and when a rank dies the others are
-killed. A rank can be told to die by SIGKILL at a moment of its own.
+What torchrun does, in seconds: the same variables, and when a rank dies the others are killed. A
+rank can be doomed to die by SIGKILL at a moment of its own, or to find the disk full.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import multiprocessing
 import os
@@ -15,11 +16,17 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+
+PRELOADED = [
+    *("s1fast.cli", "s1fast.trainer", "torch._dynamo", "torch.distributed.tensor", "tyro"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "tokenizers", "rich.console"),
+]
 
 EVENTS = (
     "step.Trainer.step",
@@ -32,16 +39,22 @@ EVENTS = (
     "files.os.rename",
     "ranks.Ranks.together",
 )
-"""What a doomed rank counts: it dies before the n-th of these calls."""
+"""What a doomed rank counts."""
 
 
 @dataclass(frozen=True)
 class Doom:
-    """Which rank dies, and when: before an event, or so long after its first step began."""
+    """What befalls which rank, and when."""
 
     rank: int
     event: int = 0
+    """Before which call of EVENTS, counted from 1; 0: of none."""
+    of: str = ""
+    """Which of EVENTS is counted; empty: all."""
     after_s: float = 0.0
+    """Without an event: so long after its first step began."""
+    full: bool = False
+    """The call finds the disk full; else the rank dies."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ def run(
         linger_s: how long the others live on when a rank has died.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["s1fast.trainer", "s1fast.cli"])
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,50 +113,54 @@ def _rank(
 
     torch.set_num_threads(1)
     if doom is not None and doom.rank == rank:
-        _doom(doom)
+        befall(doom)
     from s1fast import cli
 
     sys.argv = ["s1fast", *arguments]
     cli.main()
 
 
-def _doom(doom: Doom) -> None:
-    """Wraps what is counted."""
+def befall(doom: Doom) -> None:
+    """Arranges for this process what it is doomed to."""
     lock = threading.Lock()
-    left = [doom.event]
+    count = 0
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def count() -> None:
+    def before() -> None:
+        nonlocal count
         with lock:
-            left[0] -= 1
-            if left[0] == 0:
+            count += 1
+            if doom.event and count == doom.event:
+                if doom.full:
+                    raise OSError(errno.ENOSPC, "No space left on device")
                 die()
+            elif not doom.event and count == 1:
+                timer = threading.Timer(doom.after_s, die)
+                timer.daemon = True
+                timer.start()
 
-    def begin(once: list[bool] = []) -> None:  # noqa: B006
-        if not once:
-            once.append(True)
-            timer = threading.Timer(doom.after_s, die)
-            timer.daemon = True
-            timer.start()
-
-    for target in EVENTS if doom.event else ("step.Trainer.step",):
+    counted = EVENTS if doom.event else ("step.Trainer.step",)
+    for target in (doom.of,) if doom.of else counted:
         module, *path, name = target.split(".")
         owner: Any = importlib.import_module("s1fast." + module)
         for part in path:
             owner = getattr(owner, part)
+        setattr(owner, name, _preceded(getattr(owner, name), before))
 
-        def wrapper(*args: Any, real: Any = getattr(owner, name), **kwargs: Any) -> Any:
-            (count if doom.event else begin)()
-            return real(*args, **kwargs)
 
-        setattr(owner, name, wrapper)
+def _preceded(real: Callable[..., Any], before: Callable[[], None]) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return real(*args, **kwargs)
+
+    return wrapper
 
 
 def random_doom(draw: random.Random, world: int, events: int, wall_s: float) -> Doom:
     """A moment of a run with about so many events a rank, or of such a length."""
     rank = draw.randrange(world)
-    if draw.random() < 0.5:
+    if draw.random() < 0.6:
         return Doom(rank, event=draw.randint(1, events))
     return Doom(rank, after_s=draw.uniform(0, wall_s))

@@ -104,7 +104,7 @@ def packed_attention(
     if not torch.compiler.is_compiling():  # a compiled graph is one for every length
         _checked_bounds(cu_seqlens, len(q_THK), max_seqlen)
     if backend == "triton":
-        out_THK, lse2_HT = _op(q_THK, k_TNK, v_TNK, cu_seqlens, causal, scale)
+        out_THK, lse2_HT = forward(q_THK, k_TNK, v_TNK, cu_seqlens, causal, scale)
         return (out_THK, lse2_HT / kernels.LOG2_E) if return_lse else out_THK
     if return_lse:
         raise ValueError(f"return_lse: backend {backend!r} does not return it, 'triton' does")
@@ -207,7 +207,7 @@ def _fits_tma(x: Tensor) -> bool:
 
 
 @torch.library.custom_op("s1fast::packed_attention", mutates_args=())
-def _op(
+def forward(
     q_THK: Tensor,
     k_TNK: Tensor,
     v_TNK: Tensor,
@@ -226,7 +226,7 @@ def _op(
     return kernels.forward(q_THK, k_TNK, v_TNK, bounds, causal, scale)
 
 
-@_op.register_fake
+@forward.register_fake
 def _(
     q_THK: Tensor,
     k_TNK: Tensor,
@@ -239,38 +239,55 @@ def _(
     return q_THK.new_empty(q_THK.shape), q_THK.new_empty(heads, num_tokens, dtype=torch.float32)
 
 
+@torch.library.custom_op("s1fast::packed_attention_delta", mutates_args=())
+def delta(dout_THK: Tensor, out_THK: Tensor) -> Tensor:
+    """delta_HT = sum_k dout * out, in fp32: what backward needs of the output."""
+    return kernels.delta(_aligned(dout_THK), out_THK)
+
+
+@delta.register_fake
+def _(dout_THK: Tensor, out_THK: Tensor) -> Tensor:
+    num_tokens, heads, _ = out_THK.shape
+    return out_THK.new_empty(heads, num_tokens, dtype=torch.float32)
+
+
 @torch.library.custom_op("s1fast::packed_attention_backward", mutates_args=())
-def _backward_op(
+def backward(
     dout_THK: Tensor,
     q_THK: Tensor,
     k_TNK: Tensor,
     v_TNK: Tensor,
-    out_THK: Tensor,
+    delta_HT: Tensor,
     lse2_HT: Tensor,
     cu_seqlens: Tensor,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_THK, dk_TNK, dv_TNK)."""
-    if not _fits_tma(dout_THK):  # also where it is contiguous, but misaligned
-        dout_THK = dout_THK.clone(memory_format=torch.contiguous_format)
-    saved = (q_THK, k_TNK, v_TNK, out_THK, lse2_HT)
-    return kernels.backward(dout_THK, *saved, tuple(cu_seqlens.tolist()), causal, scale)
+    saved = (q_THK, k_TNK, v_TNK, delta_HT, lse2_HT)
+    return kernels.backward(_aligned(dout_THK), *saved, tuple(cu_seqlens.tolist()), causal, scale)
 
 
-@_backward_op.register_fake
+@backward.register_fake
 def _(
     dout_THK: Tensor,
     q_THK: Tensor,
     k_TNK: Tensor,
     v_TNK: Tensor,
-    out_THK: Tensor,
+    delta_HT: Tensor,
     lse2_HT: Tensor,
     cu_seqlens: Tensor,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q_THK.new_empty(q_THK.shape), k_TNK.new_empty(k_TNK.shape), v_TNK.new_empty(v_TNK.shape)
+
+
+def _aligned(dout_THK: Tensor) -> Tensor:
+    """As the descriptors need it: a contiguous one may be misaligned too."""
+    if _fits_tma(dout_THK):
+        return dout_THK
+    return dout_THK.clone(memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -284,11 +301,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout_THK, _):
     if dout_THK is None:
         return (None,) * 6
-    gradients = _backward_op(dout_THK, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    q_THK, k_TNK, v_TNK, out_THK, lse2_HT, cu_seqlens = ctx.saved_tensors
+    saved = (q_THK, k_TNK, v_TNK, delta(dout_THK, out_THK), lse2_HT, cu_seqlens)
+    gradients = backward(dout_THK, *saved, ctx.causal, ctx.scale)
     return *gradients, None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 # -- other backends ------------------------------------------------------------------------------

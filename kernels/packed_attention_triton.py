@@ -362,12 +362,30 @@ def forward(
     return out_THK, lse2_HT
 
 
+def delta(dout_THK: Tensor, out_THK: Tensor) -> Tensor:
+    """delta_HT in fp32."""
+    num_tokens, heads, width = out_THK.shape
+    delta_HT = out_THK.new_empty(heads, num_tokens, dtype=torch.float32)
+    rows = 8192 // width
+    _delta_kernel[(triton.cdiv(num_tokens, rows) * heads,)](
+        dout_THK,
+        out_THK,
+        delta_HT,
+        num_tokens,
+        heads,
+        *_strides(dout_THK, out_THK),
+        K=width,
+        ROWS=rows,
+    )
+    return delta_HT
+
+
 def backward(
     dout_THK: Tensor,
     q_THK: Tensor,
     k_TNK: Tensor,
     v_TNK: Tensor,
-    out_THK: Tensor,
+    delta_HT: Tensor,
     lse2_HT: Tensor,
     bounds: tuple[int, ...],
     causal: bool,
@@ -380,18 +398,6 @@ def backward(
     gradients = [x.new_empty(x.shape) for x in (q_THK, k_TNK, v_TNK)]
     for x in gradients:
         x[bounds[-1] :] = 0.0
-    delta_HT = torch.empty_like(lse2_HT)
-    rows = 8192 // width
-    _delta_kernel[(triton.cdiv(bounds[-1], rows) * heads,)](
-        dout_THK,
-        out_THK,
-        delta_HT,
-        num_tokens,
-        heads,
-        *_strides(dout_THK, out_THK),
-        K=width,
-        ROWS=rows,
-    )
     inputs = (q_THK, k_TNK, v_TNK, dout_THK)
     shared = (*inputs, lse2_HT, delta_HT)
     tile = DQUERY[width]

@@ -1,9 +1,8 @@
-"""Ranks: who they are, how a model is sharded over them, and attention across them.
+"""Ranks: who they are, and how a model is sharded over them.
 
 Parameters, gradients and optimizer state are sharded over all ranks, a unit a layer (FSDP2). A
-stream of tokens is sharded over the u ranks of a group (Ulysses): everything but attention works
-token by token; around attention an all-to-all turns token shards into head shards and back. A rank
-is part of the one world mesh and of one such group.
+stream of tokens is sharded over the u ranks of a group (ulysses.py). A rank is part of the one
+world mesh and of one such group.
 
     rank       0 1 2 3 | 4 5 6 7       world 8, u 4: two groups
     stream     a a a a | b b b b       a quarter of the tokens each; in attention, of the heads
@@ -22,25 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from s1fast.errors import InputError
-from s1fast.kernels.packed_attention import Backend, packed_attention
 from s1fast.model import Model
 from s1fast.ranks import ALONE, Ranks, process_group
+from s1fast.ulysses import Group
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective waits for the last rank. Longer than a rank may take to load or to save;
 one that died is noticed sooner, by torchrun, by its closed connections or by its group."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Some ranks with a communicator, by its name: a compiled graph can hold no more."""
-
-    name: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -140,19 +130,31 @@ def join(device: torch.device) -> Layout:
     if not launched() and device.type == "cpu":
         return Layout(device)
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    known: dict[str, Any] = {"timeout": TIMEOUT}
-    if not launched():
-        known |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    bound: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        known["device_id"] = device
-    try:  # gloo carries what the host has to say
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **known)
+        bound["device_id"] = device
+    # gloo beside NCCL carries what the host has to say
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        store = _store()
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, **bound
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
     return Layout(device, process_group(), mesh=mesh)
+
+
+def _store() -> dist.Store:
+    """Where the ranks find each other: torchrun's, or one of this process's own."""
+    if not launched():
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun may start all anew on the same store, where the dead ones' addresses still stand.
+    return dist.PrefixStore("life " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def share_streams(layout: Layout, degree: int) -> Layout:
@@ -221,105 +223,3 @@ def shard_model(
     if layout.device.type == "cuda" and hasattr(root, "set_separate_reduce_scatter_group"):
         # torch 2.13: in backward, reduce-scatter and all-gather run side by side.
         root.set_separate_reduce_scatter_group()
-
-
-# -- attention -------------------------------------------------------------------------------------
-
-
-def ulysses_attention(
-    q_THK: Tensor,
-    k_TNK: Tensor,
-    v_TNK: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    backend: Backend | None = None,
-    group: Group | None = None,
-) -> Tensor:
-    """packed_attention over a stream whose tokens are cut over a group's ranks.
-
-    Arguments and result are this rank's tokens, boundaries those of the whole stream. Two
-    all-to-alls forward, two backward. No group: the stream is whole.
-    """
-    if group is None:
-        return packed_attention(q_THK, k_TNK, v_TNK, cu_seqlens, max_seqlen, backend=backend)
-    heads = to_heads(q_THK, k_TNK, v_TNK, group)
-    return to_tokens(packed_attention(*heads, cu_seqlens, max_seqlen, backend=backend), group)
-
-
-def to_heads(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, group: Group) -> list[Tensor]:
-    """Token shards with all heads -> all tokens with this rank's heads, in one all-to-all.
-
-    T tokens of a rank become u T. Key-value heads fewer than u are repeated.
-    """
-    return list(_ToHeads.apply(q_THK, k_TNK, v_TNK, group))
-
-
-def to_tokens(out_THK: Tensor, group: Group) -> Tensor:
-    """All tokens with this rank's heads -> this rank's tokens with all heads."""
-    return _ToTokens.apply(out_THK, group)
-
-
-def _exchange(message: Tensor, group: Group) -> Tensor:
-    """Row i of (u, ...) goes to rank i; row i of the result came from there."""
-    return torch.ops.s1fast.exchange(message, group.name)
-
-
-@torch.library.custom_op("s1fast::exchange", mutates_args=())
-def _exchange_op(message: Tensor, group: str) -> Tensor:
-    received = torch.empty_like(message)
-    dist.all_to_all_single(received, message, group=_resolve_process_group(group))
-    return received
-
-
-@_exchange_op.register_fake
-def _(message: Tensor, group: str) -> Tensor:
-    return torch.empty_like(message)
-
-
-def _deal(heads: list[Tensor], group: Group) -> list[Tensor]:
-    """(T, heads, K) each -> (u T, heads / u, K) each, views of one buffer."""
-    parts = group.size
-    num_tokens, _, width = heads[0].shape
-    counts = [x.shape[1] // parts for x in heads]
-    message = heads[0].new_empty(parts, num_tokens, sum(counts), width)
-    for x, slot in zip(heads, message.split(counts, dim=2), strict=True):
-        slot.copy_(x.unflatten(1, (parts, -1)).transpose(0, 1))
-    return list(_exchange(message, group).flatten(0, 1).split(counts, dim=1))
-
-
-def _collect(heads: list[Tensor], group: Group) -> list[Tensor]:
-    """The inverse of _deal; contiguous results."""
-    parts = group.size
-    counts = [x.shape[1] for x in heads]
-    message = torch.cat(heads, dim=1).unflatten(0, (parts, -1))
-    received = _exchange(message, group).transpose(0, 1)
-    return [x.flatten(1, 2).contiguous() for x in received.split(counts, dim=2)]
-
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_THK, k_TNK, v_TNK, group):
-        ctx.group = group
-        ctx.repeats = max(1, group.size // k_TNK.shape[1])
-        if ctx.repeats > 1:
-            k_TNK, v_TNK = (x.repeat_interleave(ctx.repeats, dim=1) for x in (k_TNK, v_TNK))
-        return tuple(_deal([q_THK, k_TNK, v_TNK], group))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients):
-        dq, dk, dv = _collect(list(gradients), ctx.group)
-        if ctx.repeats > 1:  # summed in fp32 within
-            dk, dv = (x.unflatten(1, (-1, ctx.repeats)).sum(2) for x in (dk, dv))
-        return dq, dk, dv, None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, out_THK, group):
-        ctx.group = group
-        return _collect([out_THK], group)[0]
-
-    @staticmethod
-    def backward(ctx: Any, dout_THK):
-        return _deal([dout_THK], ctx.group)[0], None

@@ -74,16 +74,18 @@ def process_group(device: str = "cpu") -> Ranks:
 
     rank, world = dist.get_rank(), dist.get_world_size()
 
+    def gather(ours: torch.Tensor) -> list[torch.Tensor]:
+        everyone = [torch.empty_like(ours) for _ in range(world)]
+        dist.all_gather(everyone, ours)
+        return everyone
+
     def exchange(text: str) -> list[str]:
         # Bytes, not objects: torch's exchange of objects would unpickle them.
         data = text.encode()
-        sizes = torch.empty(world, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(sizes, torch.tensor([len(data)], device=device))
-        longest = int(sizes.max())
-        padded = torch.frombuffer(bytearray(data.ljust(longest + 1)), dtype=torch.uint8)
-        everyone = torch.empty(world * (longest + 1), dtype=torch.uint8, device=device)
-        dist.all_gather_into_tensor(everyone, padded.to(device))
-        rows = everyone.cpu().view(world, -1).numpy()
-        return [bytes(row[:size]).decode() for row, size in zip(rows, sizes.tolist(), strict=True)]
+        sizes = [int(size) for size in gather(torch.tensor([len(data)], device=device))]
+        padded = bytearray(data.ljust(max(sizes) + 1))
+        rows = gather(torch.frombuffer(padded, dtype=torch.uint8).to(device))
+        texts = (bytes(row.cpu().numpy()[:size]) for row, size in zip(rows, sizes, strict=True))
+        return [text.decode() for text in texts]
 
     return Ranks(rank, world, exchange)

@@ -24,8 +24,8 @@ Mode = Literal["auto", "none", "full"]
 
 _IN_BACKWARD = 2
 """Layers' worth of "none" that the layer in backward holds: what it computes again, gradients."""
-_UNSHARDED_LAYERS = 4
-"""In use, two prefetched, and the buffer that the next is gathered in."""
+_UNSHARDED_LAYERS = 3
+"""In use, the next in backward's order, and the buffer that it was gathered in."""
 _COMMUNICATORS = 2 << 30
 """NCCL's buffers, which it takes when first used."""
 _FRAGMENTATION = 0.04
@@ -68,18 +68,20 @@ def choose_recompute(
 def activation_budget(free_bytes: int, config: ModelConfig, itemsize: int, world: int) -> int:
     """Bytes for what forward keeps, of those free once weights and moments are there.
 
-    Taken off: fp32 gradients of this rank's shard, layers gathered ahead, a layer's gradient with
-    two reduce-scatter inputs in fp32, the same for the head, a chunk of logits.
+    Most is kept when backward begins. Beside it there are then the fp32 gradients of this rank's
+    shard from the pass before, some layers' weights, and either the head with its gradient, which
+    is copied to fp32 to be reduced, or that copy still in flight while the last layer's follows.
     """
     num_layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
     embeddings = head * (1 if config.tie_word_embeddings else 2)
     layer = (config.num_weights - embeddings) // num_layers
+    reducing = max(head * (2 * itemsize + 4), head * 4 + layer * (itemsize + 4))
     taken = (
         4 * config.num_weights // world
-        + _UNSHARDED_LAYERS * layer * itemsize
-        + layer * (itemsize + 2 * 4)
-        + head * (2 * itemsize + 4)
-        + CHUNK_BYTES["cuda"]
+        + max(
+            2 * head * itemsize + CHUNK_BYTES["cuda"],
+            _UNSHARDED_LAYERS * layer * itemsize + reducing,
+        )
         + _COMMUNICATORS
         + int(_FRAGMENTATION * free_bytes)
     )

@@ -37,9 +37,10 @@ from s1fast.packing import (
     step_indices,
     steps_per_epoch,
 )
-from s1fast.parallel import Layout, ulysses_attention
+from s1fast.parallel import Layout
 from s1fast.recompute import activation_budget, choose_recompute, saved_bytes
 from s1fast.slices import Slice, slice_of
+from s1fast.ulysses import ulysses_attention
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if not torch.cuda.is_available():  # as conftest.py does, before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.install()
+
 from s1fast.chat import Example
 from s1fast.config import DataConfig, OptimConfig, TrainConfig
 from s1fast.errors import InputError
 from s1fast.model import Model, ModelConfig
 from s1fast.optimizer import local
-from s1fast.parallel import Layout, join, leave, shard_model, share_streams, to_heads, to_tokens
+from s1fast.parallel import Layout, join, leave, shard_model, share_streams
 from s1fast.step import Trainer
+from s1fast.ulysses import _ToTokens, to_heads, ulysses_attention
 
 CPU = torch.device("cpu")
 LENGTHS = [40, 7, 23, 64, 2, 31, 12, 55]
@@ -275,7 +282,60 @@ def heads_and_back(world: Layout) -> None:
         own = min(world.rank, kv_heads - 1)
         assert torch.equal(k, whole_TNK[:, own, None])
         assert torch.equal(v, 2 * whole_TNK[:, own, None])
-        assert torch.equal(to_tokens(q.contiguous(), group), whole_THK[mine])
+        assert torch.equal(_ToTokens.apply(q, group), whole_THK[mine])
+
+
+def attend(world: Layout, kv_heads: int, compiled: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Our kernels' output and gradients over the ranks, each beside those of the whole stream."""
+    group = share_streams(world, world.world).group
+    generator = torch.Generator().manual_seed(0)
+    bounds = torch.tensor([0, 41, 41, 83], dtype=torch.int32)  # 13 tokens are padding
+    size = 96 // world.world
+    mine = slice(size * world.rank, size * (world.rank + 1))
+    heads = (4, kv_heads, kv_heads)
+    inputs = [torch.randn(96, n, 64, generator=generator).bfloat16() for n in heads]
+    upstream = torch.randn(96, 4, 64, generator=generator).bfloat16()
+    call = torch.compile(ulysses_attention, backend="aot_eager", fullgraph=True)
+    results = []
+    for part, shared in ((slice(None), None), (mine, group)):
+        leaves = [x[part].clone().requires_grad_() for x in inputs]
+        function = call if compiled and shared else ulysses_attention
+        out = function(*leaves, bounds, 42, backend="triton", group=shared)
+        out.backward(upstream[part])
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    whole, ours = results
+    return [(found, wanted[mine]) for found, wanted in zip(ours, whole, strict=True)]
+
+
+@check(2)
+def triton_attention(world: Layout) -> None:
+    """Bit for bit: a head's arithmetic does not know where its tokens live."""
+    for compiled in (False, True):
+        for found, wanted in attend(world, 2, compiled):
+            assert torch.equal(found, wanted)
+
+
+@check(2)
+def triton_attention_repeated(world: Layout) -> None:
+    """One key-value head for both ranks: each rounds its sum of d key to bf16, 2^-9, and so is
+    the sum of the two."""
+    for found, wanted in attend(world, 1):
+        assert float((found - wanted).float().norm() / wanted.float().norm()) <= 2.0**-8
+
+
+@check(2)
+def output_is_kept_once(world: Layout) -> None:
+    """Attention saves the very output that it returns, in the layout of tokens."""
+    group = share_streams(world, 2).group
+    q, k, v = (torch.randn(16, 2, 64).bfloat16().requires_grad_() for _ in range(3))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        bounds = torch.tensor([0, 32], dtype=torch.int32)
+        out = ulysses_attention(q, k, v, bounds, 32, backend="triton", group=group)
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    assert out.untyped_storage().data_ptr() in kept
+    # The output; q, k and v of one head and all tokens; its log-sum-exp; the boundaries.
+    assert sum(kept.values()) == out.nbytes + 3 * 32 * 64 * 2 + 32 * 4 + 2 * 4
 
 
 @check(2, 4)

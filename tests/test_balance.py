@@ -8,6 +8,7 @@ import random
 import pytest
 
 from s1fast.balance import EXACT_ITEMS, balanced_split, imbalance, split_step
+from s1fast.bench import imbalance as bench
 
 
 def costs_of(count: int, seed: int) -> list[float]:
@@ -88,3 +89,11 @@ def test_imbalance_by_hand() -> None:
     """Two passes: the first lasts 3, the second 2, of a mean of 2 + 1.5."""
     assert imbalance([[[0], [1]], [[2], [3]]], [3, 1, 2, 1]) == pytest.approx(5 / 3.5)
     assert imbalance([[[0, 1, 2, 3]]], [3, 1, 2, 1]) == 1
+
+
+def test_s1k_is_even_over_two_nodes() -> None:
+    """1,000 batches of 16 as long as s1K's, beside a sequence for every rank."""
+    found = bench.measure(1000)
+    assert found["two groups, balanced"]["mean"] <= 1.001
+    assert found["two groups, balanced"]["worst"] <= 1.01
+    assert 1.35 < found["one sequence a rank"]["mean"] < 1.55

@@ -39,13 +39,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels", "slices"},
     "recompute": {"kernels", "model"},
-    "parallel": {"errors", "kernels", "model", "ranks"},
+    "ulysses": {"kernels"},
+    "parallel": {"errors", "model", "ranks", "ulysses"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
     "kv_cache": {"kernels", "model"},
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
-    | {"packing", "parallel", "recompute", "slices", "snapshot"},
+    | {"packing", "parallel", "recompute", "slices", "snapshot", "ulysses"},
     "trainer": {"balance", "chat", "checkpoint", "config", "errors", "files", "hub", "metrics"}
     | {"model", "optimizer", "packing", "parallel", "ranks", "rows", "slices", "snapshot"}
     | {"snapshot_writer", "step"},
@@ -63,8 +64,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainer",
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
-    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "model", "packing"}
-    | {"step"},
+    "bench": {"balance", "bench", "chat", "decoder", "errors", "files", "kernels", "metrics"}
+    | {"model", "packing", "step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"recipes", "trainer"},
     "__main__": {"cli"},

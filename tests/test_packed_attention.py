@@ -473,9 +473,9 @@ def run_in_place(problem: Problem) -> list[Tensor]:
     q, k, v = problem.inputs
     batch = (problem.cu_seqlens, max(problem.lengths))
     scale = problem.width**-0.5
-    out_THK, lse2_HT = attention._op(q, k, v, batch[0], True, scale)
-    saved = (q, k, v, out_THK, lse2_HT, batch[0])
-    return [out_THK, *attention._backward_op(problem.dout_THK, *saved, True, scale)]
+    out_THK, lse2_HT = attention.forward(q, k, v, batch[0], True, scale)
+    saved = (q, k, v, attention.delta(problem.dout_THK, out_THK), lse2_HT, batch[0])
+    return [out_THK, *attention.backward(problem.dout_THK, *saved, True, scale)]
 
 
 # -- the list of tiles -------------------------------------------------------------------------
@@ -590,11 +590,13 @@ def test_opcheck(device: str, tail: int) -> None:
     problem = Problem((20, 1), tail, (2, 1), device=device)
     inputs = [x.requires_grad_() for x in problem.inputs]
     batch = (problem.cu_seqlens, 20)
-    torch.library.opcheck(attention._op, (*inputs, batch[0], True, 0.125))
+    torch.library.opcheck(attention.forward, (*inputs, batch[0], True, 0.125))
     q, k, v = (x.detach() for x in inputs)
-    out_THK, lse2_HT = attention._op(q, k, v, batch[0], True, 0.125)
-    saved = (q, k, v, out_THK, lse2_HT, batch[0])
-    torch.library.opcheck(attention._backward_op, (problem.dout_THK, *saved, True, 0.125))
+    out_THK, lse2_HT = attention.forward(q, k, v, batch[0], True, 0.125)
+    delta_HT = attention.delta(problem.dout_THK, out_THK)
+    torch.library.opcheck(attention.delta, (problem.dout_THK, out_THK))
+    saved = (q, k, v, delta_HT, lse2_HT, batch[0])
+    torch.library.opcheck(attention.backward, (problem.dout_THK, *saved, True, 0.125))
 
 
 def test_compiles_whole(device: str) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import secrets
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -137,7 +139,7 @@ def join(device: torch.device) -> Layout:
     # gloo beside NCCL carries what the host has to say
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store = _store()
+        store = _store(rank, world)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, **bound
         )
@@ -148,13 +150,36 @@ def join(device: torch.device) -> Layout:
     return Layout(device, process_group(), mesh=mesh)
 
 
-def _store() -> dist.Store:
+def _store(rank: int, world: int) -> dist.Store:
     """Where the ranks find each other: torchrun's, or one of this process's own."""
     if not launched():
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # torchrun may start all anew on the same store, where the dead ones' addresses still stand.
-    return dist.PrefixStore("life " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return own_part(store, rank, world)
+
+
+def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of a store that is this life's alone; all ranks call it.
+
+    torchrun may start all anew on the same store, where the dead ones' addresses still stand, and
+    its count of restarts is not the same on all nodes. So every other rank asks by a word of its
+    own, and rank 0 answers whatever it finds asked, until all have found their answer.
+    """
+    word = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"asked/{rank}", word)
+        word = store.get(f"answer/{word}").decode()
+        store.set(f"found/{word}/{rank}", "")
+        return dist.PrefixStore(word, store)
+    waiting = set(range(1, world))
+    while waiting:
+        for other in list(waiting):
+            if store.check([f"asked/{other}"]):  # perhaps by one that is dead
+                store.set("answer/" + store.get(f"asked/{other}").decode(), word)
+            if store.check([f"found/{word}/{other}"]):
+                waiting.remove(other)
+        time.sleep(0.01)
+    return dist.PrefixStore(word, store)
 
 
 def share_streams(layout: Layout, degree: int) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 
 from rank_threads import all_ranks, on_ranks
 from s1fast.errors import InputError
+from s1fast.parallel import own_part
 from s1fast.ranks import ALONE, Ranks, process_group
 
 
@@ -75,3 +77,22 @@ def _talk(rank: int, world: int, folder: Path) -> None:
 def test_texts_go_over_gloo(tmp_path: Path) -> None:
     """Of different lengths, empty, with trailing blanks and more than a byte a character."""
     mp.spawn(_talk, (2, tmp_path), nprocs=2)
+
+
+def test_every_life_has_its_own_part_of_a_store() -> None:
+    """Nobody reads what a dead rank left, however far it had come; a rank that comes late is
+    waited for."""
+    store = dist.HashStore()
+    for life in range(4):
+        if life == 2:  # ranks 1 and 2 of a life that ended before rank 0's began
+            store.set("asked/1", "dead")
+            store.set("asked/2", "dead too")
+
+        def meet(ranks: Ranks, life: int = life) -> str:
+            if ranks.rank == life % 3:
+                time.sleep(0.1)
+            part = own_part(store, ranks.rank, ranks.world)
+            part.set(f"address/{ranks.rank}", f"{life}")
+            return ",".join(part.get(f"address/{rank}").decode() for rank in range(3))
+
+        assert all_ranks(3, meet) == [",".join(3 * [str(life)])] * 3

@@ -6,8 +6,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,36 +159,6 @@ def test_killed_at_random(count: int, setup: Setup, tmp_path: Path) -> None:
     while kills < count:  # some struck after the end
         dooms = [random_doom(draw, 2, 60, setup.wall_s / 2) for _ in range(count - kills)]
         kills += survive(setup, tmp_path / str(kills), 2, dooms, draw)
-
-
-LAUNCHED = """
-import os, sys
-sys.path[:0] = {path!r}
-import faulthandler; faulthandler.dump_traceback_later(60, exit=False)
-from run_ranks import Doom, befall
-if os.environ["TORCHELASTIC_RESTART_COUNT"] < "2" and os.environ["RANK"] == "1":
-    befall(Doom(1, event=5, of="step.Trainer.step"))
-from s1fast.cli import main
-main()
-"""
-
-
-def test_torchrun_restarts_a_killed_run(setup: Setup, tmp_path: Path) -> None:
-    """A rank dies in its fifth step, twice: torchrun starts all anew, and the run goes on."""
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED.format(path=[str(run_ranks.ROOT), str(run_ranks.ROOT / "tests")]))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "--max-restarts", "2", str(script), *resume(setup, tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=run_ranks.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "resuming after step 4" in done.stdout and "resuming after step 8" in done.stdout
-    assert_same_outcome(tmp_path / "run", setup.whole, done.stdout)
 
 
 def test_a_full_disk_ends_every_rank(setup: Setup, tmp_path: Path) -> None:

@@ -41,9 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recompute": {"kernels", "model"},
     "ulysses": {"kernels"},
     "parallel": {"errors", "model", "ranks", "ulysses"},
+    "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
     "published": {"model"},
     "rates": {"errors", "files"},
-    "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
+    "selftest": {"parallel", "rates"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
@@ -57,7 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
     | {"packing", "parallel", "recompute", "slices", "snapshot", "ulysses"},
     "trainer": {"balance", "chat", "checkpoint", "config", "errors", "files", "hub", "metrics"}
-    | {"model", "optimizer", "packing", "parallel", "ranks", "rows", "slices", "snapshot"}
+    | {"model", "optimizer", "packing", "parallel", "ranks", "rows", "selftest", "slices"}
+    | {"snapshot"}
     | {"snapshot_writer", "step"},
     "decoder": {"budget", "chat", "checkpoint", "errors", "hub", "kernels", "kv_cache", "model"},
     "console": {"decoder"},

@@ -51,8 +51,8 @@ _HOST_GB_S = 50.0
 _CAUSES: dict[Axis, str] = {
     "gemm": "a power limit, heat, or another process on the GPU: look at nvidia-smi -q -d "
     "PERFORMANCE,POWER,CLOCK",
-    "host": "a process on the wrong NUMA node, or a slot with fewer lanes: nvidia-smi topo -m; bind "
-    "each rank with numactl",
+    "host": "a process on the wrong NUMA node, or a slot with fewer lanes: nvidia-smi topo -m; "
+    "bind each rank with numactl",
     "node": "NVLink that is not used: nvidia-smi nvlink -s, and NCCL_DEBUG=INFO for the transport",
     "world": "NCCL on sockets in place of the fabric: NCCL_DEBUG=INFO says NET/Socket or NET/IB; "
     "see NCCL_IB_HCA, NCCL_SOCKET_IFNAME and the container's access to /dev/infiniband",
@@ -129,8 +129,9 @@ def _best_s(device: torch.device, call: Callable[[], object]) -> float:
         start = time.perf_counter()
         call()
         _wait(device)
+        elapsed_s = time.perf_counter() - start
         if number:
-            best = min(best, time.perf_counter() - start)
+            best = min(best, elapsed_s)
     return best
 
 

@@ -24,13 +24,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from s1fast.errors import InputError
+from s1fast.heartbeat import Heartbeat
 from s1fast.model import Model
 from s1fast.ranks import ALONE, Ranks, process_group
 from s1fast.ulysses import Group
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for the last rank. Longer than a rank may take to load or to save;
-one that died is noticed sooner, by torchrun, by its closed connections or by its group."""
+"""How long a collective waits for the last rank: longer than one may take to load or to save. One
+that died is noticed sooner, by torchrun or by its heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -137,24 +138,31 @@ def join(device: torch.device) -> Layout:
     # gloo beside NCCL carries what the host has to say
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store = _store()
+        store = _store("groups")
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, **bound
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
+    if world > 1:
+        _heartbeats.append(Heartbeat(_store("beats"), rank, world))
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
     return Layout(device, process_group(), mesh=mesh)
 
 
-def _store() -> dist.Store:
-    """Where the ranks find each other: torchrun's, or one of this process's own."""
+_heartbeats: list[Heartbeat] = []
+"""Of this process, at most one: it belongs to the process as torch's default group does."""
+
+
+def _store(name: str) -> dist.Store:
+    """A new connection to where the ranks find each other: torchrun's store, or one of our own."""
     if not launched():
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     # torchrun may start all anew on the same store, where the dead ones' addresses still stand.
-    return dist.PrefixStore("life " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"{name} of life {life}", store)
 
 
 def share_streams(layout: Layout, degree: int) -> Layout:
@@ -173,8 +181,10 @@ def share_streams(layout: Layout, degree: int) -> Layout:
 
 
 def leave() -> None:
-    """Ends what join began."""
+    """Ends what join began; all ranks call it, soon after each other."""
     if dist.is_initialized():
+        if _heartbeats:
+            _heartbeats.pop().stop()
         gc.collect()  # before the groups that tensors and modules still refer to
         dist.destroy_process_group()
 

@@ -39,8 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels", "slices"},
     "recompute": {"kernels", "model"},
+    "heartbeat": set(),
     "ulysses": {"kernels"},
-    "parallel": {"errors", "model", "ranks", "ulysses"},
+    "parallel": {"errors", "heartbeat", "model", "ranks", "ulysses"},
     "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
     "published": {"model"},
     "rates": {"errors", "files"},
@@ -76,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
     "bench": {"balance", "bench", "chat", "decoder", "errors", "files", "kernels", "metrics"}
-    | {"model", "packing", "step"},
+    | {"model", "packing", "published", "step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"plan", "recipes", "trainer"},
     "__main__": {"cli"},

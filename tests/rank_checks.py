@@ -1,8 +1,8 @@
 """Checks that several processes run together: `python tests/rank_checks.py OUT WORLD ...`.
 
-One process imports torch and forks the ranks of each world, which run every check of CHECKS for
-that world and write OUT/<world>-<rank>.json: name -> error, "" where it holds. test_parallel.py
-starts this once and reports every check as a test.
+One process imports torch and forks the ranks of each world. They run every check of CHECKS for that
+world, of SLOW where the first of the worlds is "slow", and write OUT/<world>-<rank>.json: name ->
+error, "" where it holds. test_parallel.py starts this once and reports every check as a test.
 """
 
 from __future__ import annotations
@@ -173,12 +173,13 @@ UNTIED = model_config()
 TIED = model_config(tie_word_embeddings=True, model_type="llama", attention_bias=False)
 Check = Callable[[Layout], None]
 CHECKS: dict[int, dict[str, Check]] = {1: {}, 2: {}, 3: {}, 4: {}}
+SLOW: dict[int, dict[str, Check]] = {2: {}}
 
 
-def check(*worlds: int) -> Callable[[Check], Check]:
+def check(*worlds: int, table: dict[int, dict[str, Check]] = CHECKS) -> Callable[[Check], Check]:
     def register(function: Check) -> Check:
         for world in worlds:
-            CHECKS[world][function.__name__] = function
+            table[world][function.__name__] = function
         return function
 
     return register
@@ -397,6 +398,24 @@ def output_is_kept_once(world: Layout) -> None:
     assert sum(kept.values()) == out.nbytes + 3 * 32 * 64 * 2 + 32 * 4 + 2 * 4
 
 
+@check(2, table=SLOW)
+def compiled(world: Layout) -> None:
+    """Layers compiled beneath FSDP's hooks, around exchanged heads: the same bits, and no graph is
+    built once training has begun."""
+    config = model_config(hidden_size=64, head_dim=64, num_attention_heads=2, num_key_value_heads=1)
+    layout, rows = share_streams(world, 2), examples([40, 23, 30, 11, 90, 2])
+    Model.compile_layers.__defaults__ = ("aot_eager_decomp_partition",)
+    results = []
+    for compile in (False, True):
+        train = recipe(attention="triton", batch_size=2, compile=compile)
+        trainer = make(config, train, rows, layout, torch.bfloat16)
+        torch._dynamo.config.error_on_recompile = True
+        results.append(curve(trainer))
+        torch._dynamo.config.error_on_recompile = False
+    assert len(results[0]) == 3 and results[0] == results[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 @check(2, 4)
 def smallest(world: Layout) -> None:
     assert world.smallest(100 - world.rank) == 101 - world.world
@@ -416,13 +435,13 @@ def ranks_that_disagree(world: Layout) -> None:
 # -- running them ----------------------------------------------------------------------------------
 
 
-def run(out: Path, world: int, rank: int, port: int) -> None:
+def run(out: Path, checks: dict[str, Check], world: int, rank: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     layout = join(CPU)
     results = {}
-    for name, function in CHECKS[world].items():
+    for name, function in checks.items():
         began = time.perf_counter()
         error = ""
         try:
@@ -448,8 +467,10 @@ def free_port() -> int:
 
 if __name__ == "__main__":
     fork = multiprocessing.get_context("fork")
-    for size in map(int, sys.argv[2:]):
-        arguments = (Path(sys.argv[1]), size)
+    out, *words = sys.argv[1:]
+    table = SLOW if words[0] == "slow" else CHECKS
+    for size in [int(word) for word in words if word != "slow"]:
+        arguments = (Path(out), table[size], size)
         port = free_port()
         ranks = [fork.Process(target=run, args=(*arguments, i, port)) for i in range(size)]
         for process in ranks:

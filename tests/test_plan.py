@@ -171,6 +171,10 @@ def test_measured_rates_replace_assumed_ones(tmp_path: Path) -> None:
     assert rates.memory.value == 2950.0 and rates.memory.measured and "a.json" in str(rates.memory)
     assert (rates.attention_forward.value, rates.attention_backward.value) == (500.0, 250.0)
     assert not rates.gemm.measured and "assumed" in str(rates.gemm)
+    steps = result("NVIDIA H100 80GB HBM3", 2960.0, "2026-01-06")
+    (tmp_path / "step.json").write_text(json.dumps(steps | {"rates": {"gemm": 612.0}}))
+    gemm = find_rates("H100", tmp_path).gemm
+    assert (gemm.value, gemm.measured) == (612.0, True) and "layer step, step.json" in str(gemm)
     assert rates.price.value == 2.0
     assert find_rates("H200", tmp_path).memory.value == 4100.0
 

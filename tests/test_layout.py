@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "demo_tasks",
         "errors",
         "metrics",
+        "plan",
         "trainer",
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},

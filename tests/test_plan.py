@@ -15,12 +15,19 @@ import torch
 from rich.console import Console
 
 from s1fast import fake_ranks, plan_report, published
-from s1fast.config import CheckpointConfig, DataConfig, LogConfig, OptimConfig, TrainConfig
+from s1fast.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    TrainConfig,
+    load_recipe,
+)
 from s1fast.errors import InputError
 from s1fast.fake_ranks import in_process, peak
 from s1fast.metrics import layer_parameters, train_flops
 from s1fast.model import ModelConfig, kept_bytes
-from s1fast.plan import PlanConfig, dry_run, find_model, find_sequences, memory, plan
+from s1fast.plan import PlanConfig, dry_run, find_model, find_sequences, memory, outlook, plan
 from s1fast.planner import Estimate, Machine, Sequences, estimate
 from s1fast.rates import find_rates
 
@@ -339,6 +346,15 @@ def test_dry_run_prints_the_plan(tracked: dict[str, float]) -> None:
     dry_run(recipe, Console(file=out, width=200))
     assert "plan       2 x 8 H100: " in out.getvalue()
     assert "1.5 $ a GPU-hour, measured: log.dollars_per_hour" in out.getvalue()
+
+
+def test_the_outlook_is_the_plans_last_line() -> None:
+    """What the demo ends with: the same figures, and that nothing was measured."""
+    recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "s1-32b.toml")
+    text = outlook(recipe)
+    one = estimated(dataclasses.replace(S1, optim=recipe.optim, log=recipe.log))
+    assert text == f"{plan_report.headline(one)}; planned, every rate assumed"
+    assert text.startswith("2 x 8 H100: 10m")
 
 
 def test_parts_of_the_report_are_those_of_the_sum() -> None:

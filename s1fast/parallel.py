@@ -13,6 +13,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import secrets
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -138,15 +140,15 @@ def join(device: torch.device) -> Layout:
     # gloo beside NCCL carries what the host has to say
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store = _store("groups")
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, **bound
-        )
+        store = _connection()
+        part = own_part(store, rank, world)
+        found: dict[str, Any] = {"store": dist.PrefixStore(part, store), "timeout": TIMEOUT}
+        dist.init_process_group(backend, rank=rank, world_size=world, **found, **bound)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
     if world > 1:
-        _heartbeats.append(Heartbeat(_store("beats"), rank, world))
+        _heartbeats.append(Heartbeat(dist.PrefixStore(part, _connection()), rank, world))
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
     return Layout(device, process_group(), mesh=mesh)
 
@@ -155,14 +157,42 @@ _heartbeats: list[Heartbeat] = []
 """Of this process, at most one: it belongs to the process as torch's default group does."""
 
 
-def _store(name: str) -> dist.Store:
-    """A new connection to where the ranks find each other: torchrun's store, or one of our own."""
+def _connection() -> dist.Store:
+    """To where the ranks find each other: torchrun's store, or one of this process's own."""
     if not launched():
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # torchrun may start all anew on the same store, where the dead ones' addresses still stand.
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"{name} of life {life}", store)
+    return store
+
+
+def own_part(store: dist.Store, rank: int, world: int) -> str:
+    """Name of a part of a store that is this life's alone; all ranks call it.
+
+    torchrun may start all anew on the same store, where the dead ones' addresses still stand, and
+    its count of restarts is not the same on all nodes. So every other rank asks by a word of its
+    own, and rank 0 answers whatever it finds asked, until all have found their answer.
+
+    Raises:
+        RuntimeError: some did not come within TIMEOUT.
+    """
+    word = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"asked/{rank}", word)
+        word = store.get(f"answer/{word}").decode()
+        store.set(f"found/{word}/{rank}", "")
+        return word
+    waiting, give_up = set(range(1, world)), time.monotonic() + TIMEOUT.total_seconds()
+    while waiting:
+        for other in list(waiting):
+            if store.check([f"asked/{other}"]):  # perhaps by one that is dead
+                store.set("answer/" + store.get(f"asked/{other}").decode(), word)
+            if store.check([f"found/{word}/{other}"]):
+                waiting.remove(other)
+        if time.monotonic() > give_up:
+            late = ", ".join(map(str, sorted(waiting)))
+            raise RuntimeError(f"rank {late} did not come within {TIMEOUT}")
+        time.sleep(0.01)
+    return word
 
 
 def share_streams(layout: Layout, degree: int) -> Layout:
@@ -231,6 +261,7 @@ def shard_model(
             # Summed by force: a factor of 1 alone would be a reduction that only NCCL has.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-    if layout.device.type == "cuda" and hasattr(root, "set_separate_reduce_scatter_group"):
+    separable = hasattr(root, "set_separate_reduce_scatter_group")
+    if layout.device.type == "cuda" and layout.world > 1 and separable:
         # torch 2.13: in backward, reduce-scatter and all-gather run side by side.
         root.set_separate_reduce_scatter_group()

@@ -27,6 +27,7 @@ from s1fast.bench.adamw import OP as ADAMW
 from s1fast.bench.environment import RESULTS, environment, result_path, version
 from s1fast.bench.layer import OP as LAYER
 from s1fast.bench.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
+from s1fast.bench.memory_bound import RMS_NORM, ROPE, SWIGLU
 from s1fast.bench.op import Op, Problem, Provider, Sizes, parse_shape, shape_name
 from s1fast.bench.packed_attention import OP as PACKED_ATTENTION
 from s1fast.bench.providers import measure_shape
@@ -35,7 +36,7 @@ from s1fast.bench.roofs import lines, roofs
 from s1fast.errors import InputError
 from s1fast.files import make_directory, write_atomic
 
-OPS = (LINEAR_CROSS_ENTROPY, PACKED_ATTENTION, LAYER, ADAMW)
+OPS = (LINEAR_CROSS_ENTROPY, PACKED_ATTENTION, RMS_NORM, ROPE, SWIGLU, ADAMW, LAYER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ class KernelsConfig:
     """One operation only, by name."""
     shape: tuple[str, ...] = ()
     """Shapes instead of the default ones, as T4700xD5120xV152064xmasked50 for linear
-    cross-entropy, S4096xB16xH40xN8xK128 for attention, P2000xnarrowxclip for AdamW; what is left
-    out keeps its default.
+    cross-entropy, S4096xB16xH40xN8xK128 for attention, R4700 for what only moves memory,
+    P2000xnarrowxclip for AdamW; what is left out keeps its default.
     `masked` is the percentage of rows without label, `peaked` makes logits as after training,
     `ragged` draws lengths as of s1K."""
     against: tuple[str, ...] = ()

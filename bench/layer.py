@@ -27,8 +27,9 @@ EPS = 1e-6
 
 
 def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
-    """A random layer, bf16 on a GPU, fp32 on a CPU, and a stream of B sequences of S tokens."""
-    stream = attention.make(sizes, device)  # its boundaries, and the dtype
+    """A random layer, bf16 on a GPU, fp32 on a CPU, and COUNT sequences of SEQ tokens."""
+    lengths = {"S": sizes["SEQ"], "B": sizes["COUNT"], "ragged": 0}
+    stream = attention.make({**sizes, **lengths}, device)  # its boundaries, and the dtype
     *_, bounds, longest = stream.arguments
     num_tokens, dtype = int(bounds[-1]), stream.dtype
     config = ModelConfig(
@@ -124,8 +125,8 @@ def plain(problem: Problem, *, compiled: bool = False) -> Forward:
     hidden_TD, cos_TR, sin_TR, bounds, longest, layer = problem.arguments
     c = layer.config
 
-    def attend(*qkv: Tensor) -> Tensor:
-        return packed_attention(*qkv, bounds, longest)
+    def attend(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
+        return packed_attention(q_THK, k_TNK, v_TNK, bounds, longest)
 
     run = plain_layer
     if compiled:
@@ -150,7 +151,7 @@ def reference(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     heads = (c.num_attention_heads, c.num_key_value_heads)
     tables = cos_TR.double(), sin_TR.double()
     out_TD = plain_layer(leaves["hidden"], *tables, leaves, heads, attend)
-    assert problem.upstream is not None
+    assert isinstance(problem.upstream, Tensor)
     found = torch.autograd.grad(out_TD, list(leaves.values()), problem.upstream.double())
     return out_TD.detach(), dict(zip(leaves, found, strict=True))
 
@@ -162,11 +163,14 @@ class _ExactAttention(torch.autograd.Function):
     def forward(ctx, q_THK, k_TNK, v_TNK, bounds, longest):
         ctx.save_for_backward(q_THK, k_TNK, v_TNK)
         ctx.boundaries = (bounds, longest)
-        return _exact(q_THK, k_TNK, v_TNK, bounds, longest, torch.zeros_like(q_THK))[0].double()
+        out_THK, _ = _exact(q_THK, k_TNK, v_TNK, bounds, longest, torch.zeros_like(q_THK))
+        return out_THK.double()
 
     @staticmethod
     def backward(ctx, dout_THK):
-        _, gradients = _exact(*ctx.saved_tensors, *ctx.boundaries, dout_THK)
+        q_THK, k_TNK, v_TNK = ctx.saved_tensors
+        bounds, longest = ctx.boundaries
+        _, gradients = _exact(q_THK, k_TNK, v_TNK, bounds, longest, dout_THK)
         return *(gradients[name].double() for name in "qkv"), None, None
 
 
@@ -174,18 +178,20 @@ def _exact(
     q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, bounds: Tensor, longest: int, dout_THK: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     arguments = (q_THK, k_TNK, v_TNK, bounds, longest)
-    return attention.reference(Problem(arguments, {}, dout_THK, 0, 0, 0))
+    out_THK, gradients = attention.reference(Problem(arguments, {}, dout_THK, 0, 0, 0))
+    assert isinstance(out_THK, Tensor)
+    return out_THK, gradients
 
 
 OP = Op(
     name="layer",
-    gpu_sizes={
-        **{"S": 4700, "B": 1, "H": 40, "N": 8, "K": 128, "D": 5120, "F": 27648},
-        "ragged": 0,
-    },
-    cpu_sizes={"S": 24, "B": 4, "H": 4, "N": 2, "K": 16, "D": 48, "F": 80, "ragged": 0},
-    gpu_shapes=("S4700", "S8192xB4xD3584xF18944xH28xN4"),  # a GPU's share of s1; Qwen2.5-7B
-    cpu_shapes=("S24xragged",),
+    gpu_sizes={"SEQ": 4700, "COUNT": 1, "H": 40, "N": 8, "K": 128, "D": 5120, "F": 27648},
+    cpu_sizes={"SEQ": 24, "COUNT": 4, "H": 4, "N": 2, "K": 16, "D": 48, "F": 80},
+    gpu_shapes=(
+        "SEQ4700",  # a GPU's share of a step of s1
+        "SEQ8192xCOUNT4xH28xN4xD3584xF18944",  # Qwen2.5-7B
+    ),
+    cpu_shapes=("SEQ24",),
     make=make,
     reference=reference,
     ours=Provider("s1fast", ours),

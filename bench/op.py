@@ -17,7 +17,8 @@ from torch import Tensor
 from s1fast.errors import InputError
 
 Sizes = dict[str, int]
-Forward = Callable[[], Tensor]
+Output = Tensor | tuple[Tensor, ...]
+Forward = Callable[[], Output]
 Context = Callable[[], AbstractContextManager[object]]
 
 
@@ -30,18 +31,20 @@ class Problem:
     """One shape with its inputs.
 
     arguments: what our public function takes, in its order. leaves: those of them that get a
-    gradient, by name. upstream: gradient of the output, None for a scalar. flops, num_bytes: the
-    least that forward and backward together must compute, and move through memory. forward_flops:
-    the forward's part. backward: whether there is one; without, only "full" is measured, which is
-    then the call itself.
+    gradient, by name. upstream: gradient of the output, of each where there are several, None for
+    a scalar. flops, num_bytes: the least that forward and backward together must compute, and move
+    through memory. forward_flops, forward_bytes: the forward's part, the latter where there are no
+    FLOPs to speak of and a rate is one of bytes. backward: whether there is one; without, only
+    "full" is measured, which is then the call itself.
     """
 
     arguments: tuple[Any, ...]
     leaves: dict[str, Tensor]
-    upstream: Tensor | None
+    upstream: Output | None
     forward_flops: int
     flops: int
     num_bytes: int
+    forward_bytes: int = 0
     backward: bool = True
 
     @property
@@ -64,13 +67,13 @@ class Problem:
             for leaf in self.leaves.values():
                 leaf.requires_grad_()
 
-    def full(self, forward: Forward) -> Tensor:
+    def full(self, forward: Forward) -> Output:
         """Forward and backward, if there is one; the output."""
         self.clear()
         output = forward()
         if self.backward:
-            output.backward(self.upstream)
-        return output.detach()
+            torch.autograd.backward(output, self.upstream)
+        return output
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,16 @@ class Op:
             reason = str(error).splitlines()[0]
             raise InputError(f"--shape: {shape_name(sizes)} cannot be made: {reason}") from None
 
-    def against(self, name: str, function: Callable[..., Tensor]) -> Provider:
+    def against(self, name: str, function: Callable[..., Output]) -> Provider:
         """One more provider: any callable that takes what ours takes."""
         return Provider(name, lambda problem: lambda: function(*problem.arguments))
+
+
+def joined(output: Output) -> Tensor:
+    """One tensor of an output, without its graph; several are put in a row."""
+    if isinstance(output, tuple):
+        return torch.cat([x.detach().flatten() for x in output])
+    return output.detach()
 
 
 def parse_shape(text: str, defaults: Mapping[str, int]) -> Sizes:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from s1fast.bench.op import Forward, MissingError, Op, Problem, Provider
+from s1fast.bench.op import Forward, MissingError, Op, Output, Problem, Provider
 from s1fast.errors import InputError
 from s1fast.kernels.packed_attention import packed_attention
 
@@ -189,7 +189,7 @@ def cudnn_sequences(problem: Problem) -> Forward:
 
     forward = sdpa(problem)
 
-    def only_cudnn() -> Tensor:
+    def only_cudnn() -> Output:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return forward()
 

@@ -22,9 +22,11 @@ from s1fast.bench.op import (
     Forward,
     MissingError,
     Op,
+    Output,
     Problem,
     Provider,
     Sizes,
+    joined,
     shape_name,
 )
 from s1fast.bench.roofs import Roofs
@@ -52,10 +54,10 @@ class Measurement:
 
     status: "ok", "missing" or "error", with the reason. timings: forward (without gradients),
     backward, and full, which is forward with gradients and backward. tflops: of each, counted as
-    the operation says. roof_fraction: least possible time / time, of full. extra_bytes: peak
-    beyond inputs and returned gradients; None on a CPU. errors: of output and gradients, as
-    {"max": max |x - r| / max |r|, "norm": |x - r| / |r|}, None where not finite. wrong: an error is
-    above the limit.
+    the operation says; gb_s: of each, where it counts bytes alone. roof_fraction: least possible
+    time / time, of full. extra_bytes: peak beyond inputs and returned gradients; None on a CPU.
+    errors: of output and gradients, as {"max": max |x - r| / max |r|, "norm": |x - r| / |r|}, None
+    where not finite. wrong: an error is above the limit.
     """
 
     provider: str
@@ -64,6 +66,7 @@ class Measurement:
     reason: str = ""
     timings: dict[str, Timing] = field(default_factory=dict)
     tflops: dict[str, float] = field(default_factory=dict)
+    gb_s: dict[str, float] = field(default_factory=dict)
     roof_fraction: float | None = None
     extra_bytes: int | None = None
     errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
@@ -88,19 +91,23 @@ def measure_shape(
     """The shape, its floor, and a Measurement of each provider (given with its version)."""
     problem = op.problem(sizes, device)
     dtype = problem.dtype
-    # An operation is bound by whichever takes longer: its products or its traffic.
+    # An operation is bound by whichever takes longer: its products or its traffic. What has no
+    # products writes about as much as it reads, as a copy does.
+    stream_gb_s = max(roofs.copy_gb_s, roofs.read_gb_s) if problem.flops else roofs.copy_gb_s
     floor_s = max(
         problem.flops / (roofs.gemm_tflops(dtype) * 1e12),
-        problem.num_bytes / (max(roofs.copy_gb_s, roofs.read_gb_s) * 1e9),
+        problem.num_bytes / (stream_gb_s * 1e9),
     )
     found = {provider.name: Measurement(provider.name, v) for provider, v in providers}
     works = _try(op, problem, providers, found)
     _time(problem, works, found)
-    flops = {"forward": problem.forward_flops, "full": problem.flops}
-    flops["backward"] = problem.flops - problem.forward_flops
+    flops = _of_modes(problem.forward_flops, problem.flops)
+    num_bytes = _of_modes(problem.forward_bytes, problem.num_bytes)
     for one in found.values():
         if one.timings:
             one.tflops = {m: flops[m] / t.median_ms / 1e9 for m, t in one.timings.items()}
+            if not problem.flops:
+                one.gb_s = {m: num_bytes[m] / t.median_ms / 1e6 for m, t in one.timings.items()}
             one.roof_fraction = floor_s * 1e3 / one.timings["full"].median_ms
     return {
         "op": op.name,
@@ -113,6 +120,10 @@ def measure_shape(
         "floor_ms": floor_s * 1e3,
         "measurements": [dataclasses.asdict(one) for one in found.values()],
     }
+
+
+def _of_modes(forward: int, full: int) -> dict[str, int]:
+    return {"forward": forward, "full": full, "backward": full - forward}
 
 
 def peak_extra(problem: Problem, forward: Forward) -> int | None:
@@ -177,7 +188,7 @@ def _try(
                 if seconds > LONGEST_CALL_S:
                     raise TimeoutError(f"one call takes {seconds:.1f} s: not timed")
                 one.extra_bytes = peak_extra(problem, forward)
-                one.errors = {"output": relative_errors(problem.full(forward), output)}
+                one.errors = {"output": relative_errors(joined(problem.full(forward)), output)}
             for name, leaf in problem.leaves.items():
                 if leaf.grad is None:
                     raise RuntimeError(f"no gradient of {name}")
@@ -212,14 +223,14 @@ def _time(problem: Problem, works: dict[str, Working], found: dict[str, Measurem
 
 
 def _call(mode: str, problem: Problem, forward: Forward) -> Call:
-    def output() -> Tensor:
+    def output() -> Output:
         problem.clear()
         return forward()
 
     if mode == "forward":
         return Call(lambda _: problem.inference(forward))
     if mode == "backward":
-        return Call(lambda y: y.backward(problem.upstream), prepare=output)
+        return Call(lambda y: torch.autograd.backward(y, problem.upstream), prepare=output)
     return Call(lambda _: problem.full(forward), prepare=problem.clear)
 
 

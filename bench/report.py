@@ -87,7 +87,7 @@ def cells(shape: dict[str, Any]) -> list[list[str]]:
                 one["provider"],
                 *(_median(one, mode) for mode in MODES),
                 f"{full['q20_ms']:.3f}-{full['q80_ms']:.3f}",
-                " / ".join(f"{one['tflops'][mode]:.3g}" for mode in MODES if mode in one["tflops"]),
+                _rates(one),
                 f"{100 * one['roof_fraction']:.1f} %",
                 "" if one["extra_bytes"] is None else f"{one['extra_bytes'] / 1e9:.2f}",
                 _error(one),
@@ -100,6 +100,13 @@ def _median(one: dict[str, Any], mode: str) -> str:
     """Milliseconds; a dash for what the operation does not have."""
     timing = one["timings"].get(mode)
     return f"{timing['median_ms']:.3f}" if timing else "-"
+
+
+def _rates(one: dict[str, Any]) -> str:
+    """TFLOP/s, or GB/s of an operation that counts bytes alone."""
+    rates, unit = (one["gb_s"], " GB/s") if one.get("gb_s") else (one["tflops"], "")
+    form = ".0f" if unit else ".3g"
+    return " / ".join(f"{rates[mode]:{form}}" for mode in MODES if mode in rates) + unit
 
 
 def _error(one: dict[str, Any]) -> str:

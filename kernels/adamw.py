@@ -149,10 +149,8 @@ def adamw_(
     """
     for name, x in (("lr", lr), ("clip", clip)):
         if x.shape != () or x.dtype != torch.float32 or x.device != shards.device:
-            raise ValueError(
-                f"{name} {tuple(x.shape)} is {x.dtype} on {x.device}, expected a 0-d float32 "
-                f"tensor on {shards.device}"
-            )
+            found_there = f"{tuple(x.shape)} is {x.dtype} on {x.device}"
+            raise ValueError(f"{name} {found_there}, expected a 0-d float32 on {shards.device}")
     if step < 1:
         raise ValueError(f"step is {step}, the first one is 1")
     if not all(0 <= beta < 1 for beta in betas) or not 0 < eps < math.inf:
@@ -495,11 +493,6 @@ COMPILE_CASES += [
     )
     for grads in (False, True)
 ]
-COMPILE_CASES += [
-    (
-        "adamw/total",
-        _total_kernel,
-        {"partial_ptr": "*fp32", "total_ptr": "*fp32", "num_chunks": "i32"},
-        *_TOTAL,
-    )
-]
+_TOTALS = {"partial_ptr": "*fp32", "total_ptr": "*fp32", "num_chunks": "i32"}
+COMPILE_CASES += [("adamw/total", _total_kernel, _TOTALS, *_TOTAL)]
+"""(name, kernel, argument types, constants, options) of what is shipped."""

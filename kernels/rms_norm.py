@@ -18,13 +18,24 @@ bf16, where one tensor is 48 MB. Measured on an H100: not yet.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from s1fast.kernels.arguments import expect, expect_unit_stride, floats, wide
+from s1fast.kernels.jit import jit, tl
+from s1fast.kernels.softmax_gradient import num_programs
 
-MAX_WIDTH = 16384
-"""A program holds a row in registers."""
+MAX_WIDTH = 8192
+"""A program holds a row in registers: a wider one would not fit beside the sums of d weight."""
+
+_TILE = 4096
+"""Elements that a program holds at least: several rows where they are short."""
+_FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 32, 16
+"""Of a tile, in a thread."""
+_STAGES = {torch.bfloat16: 3, torch.float32: 2}
+"""Of backward's loop: one tile in use, the others on their way to shared memory."""
 
 _WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -136,24 +147,13 @@ def _check_rstd(x_TD: Tensor, rstd_T: Tensor) -> None:
     expect_unit_stride("rstd_T", rstd_T)
 
 
-def _forward(
-    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(sum_TD, y_TD, rstd_T); without a residual the sum is x_TD itself."""
-    function = triton_forward if x_TD.is_cuda else reference_forward
-    return function(x_TD, residual_TD, weight_D, eps)
+    return (triton_forward if x_TD.is_cuda else reference_forward)(x_TD, *rest)
 
 
-def _backward(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    rstd_T: Tensor,
-    weight_D: Tensor,
-    dresidual_TD: Tensor | None,
-    want_y: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    function = triton_backward if x_TD.is_cuda else reference_backward
-    return function(dy_TD, x_TD, rstd_T, weight_D, dresidual_TD, want_y)
+def _backward(dy_TD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    return (triton_backward if dy_TD.is_cuda else reference_backward)(dy_TD, *rest)
 
 
 # -- plain PyTorch -----------------------------------------------------------------------------
@@ -192,11 +192,170 @@ def reference_backward(
     return dx_TD.to(x_TD.dtype), dweight_D, y_TD
 
 
-def triton_forward(*args):
-    raise NotImplementedError
+# -- Triton ------------------------------------------------------------------------------------
 
 
-triton_normalise = triton_backward = triton_forward
+@jit
+def _tile(start, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows (int64) of a tile, its columns, and which of its elements exist."""
+    row_R = start + tl.arange(0, ROWS)
+    column_C = tl.arange(0, COLUMNS)
+    inside_RC = (row_R < num_rows)[:, None] & (column_C < WIDTH)[None, :]
+    return row_R.to(tl.int64), column_C, inside_RC
+
+
+@jit
+def _load_weight(weight_ptr, column_C, WIDTH: tl.constexpr, kind):
+    """In fp32, rounded to the rows' dtype before."""
+    return tl.load(weight_ptr + column_C, mask=column_C < WIDTH).to(kind).to(tl.float32)[None, :]
+
+
+@jit
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    sum_ptr,
+    y_ptr,
+    rstd_ptr,
+    num_rows,
+    x_stride,
+    residual_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ADD: tl.constexpr,
+    KNOWN: tl.constexpr,
+):
+    """ADD: the residual. KNOWN: rstd is read, not written."""
+    kind = y_ptr.dtype.element_ty
+    row_R, column_C, inside_RC = _tile(tl.program_id(0) * ROWS, num_rows, WIDTH, ROWS, COLUMNS)
+    out_RC = row_R[:, None] * WIDTH + column_C[None, :]
+    x_RC = x_ptr + row_R[:, None] * x_stride + column_C[None, :]
+    x_RC = tl.load(x_RC, mask=inside_RC, other=0.0).to(tl.float32)
+    if ADD:
+        residual_RC = residual_ptr + row_R[:, None] * residual_stride + column_C[None, :]
+        x_RC += tl.load(residual_RC, mask=inside_RC, other=0.0).to(tl.float32)
+        x_RC = x_RC.to(kind)
+        tl.store(sum_ptr + out_RC, x_RC, mask=inside_RC)
+        x_RC = x_RC.to(tl.float32)
+    if KNOWN:
+        rstd_R = tl.load(rstd_ptr + row_R, mask=row_R < num_rows)
+    else:
+        mean_R = tl.sum(x_RC * x_RC, axis=1) * (1.0 / WIDTH)
+        rstd_R = tl.div_rn(1.0, tl.sqrt_rn(mean_R + eps))
+        tl.store(rstd_ptr + row_R, rstd_R, mask=row_R < num_rows)
+    n_RC = (x_RC * rstd_R[:, None]).to(kind).to(tl.float32)
+    y_RC = n_RC * _load_weight(weight_ptr, column_C, WIDTH, kind)
+    tl.store(y_ptr + out_RC, y_RC.to(kind), mask=inside_RC)
+
+
+@jit
+def _backward_kernel(
+    dy_ptr,
+    x_ptr,
+    rstd_ptr,
+    weight_ptr,
+    residual_ptr,
+    dx_ptr,
+    y_ptr,
+    partial_ptr,
+    num_rows,
+    dy_stride,
+    x_stride,
+    residual_stride,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    ADD: tl.constexpr,
+    WANT_Y: tl.constexpr,
+):
+    """A program takes every so many tiles of rows, and sums their part of d weight in registers."""
+    kind = dx_ptr.dtype.element_ty
+    column_C = tl.arange(0, COLUMNS)
+    weight_1C = _load_weight(weight_ptr, column_C, WIDTH, kind)
+    partial_RC = tl.zeros((ROWS, COLUMNS), tl.float32)
+    step = tl.num_programs(0) * ROWS
+    for start in tl.range(tl.program_id(0) * ROWS, num_rows, step, num_stages=STAGES):
+        row_R, column_C, inside_RC = _tile(start, num_rows, WIDTH, ROWS, COLUMNS)
+        x_RC = x_ptr + row_R[:, None] * x_stride + column_C[None, :]
+        x_RC = tl.load(x_RC, mask=inside_RC, other=0.0).to(tl.float32)
+        dy_RC = dy_ptr + row_R[:, None] * dy_stride + column_C[None, :]
+        dy_RC = tl.load(dy_RC, mask=inside_RC, other=0.0).to(tl.float32)
+        rstd_R1 = tl.load(rstd_ptr + row_R, mask=row_R < num_rows, other=0.0)[:, None]
+        n_RC = x_RC * rstd_R1
+        rounded_RC = n_RC.to(kind).to(tl.float32)
+        partial_RC += dy_RC * rounded_RC
+        dn_RC = dy_RC * weight_1C
+        mean_R = tl.sum(dn_RC * n_RC, axis=1) * (1.0 / WIDTH)
+        dx_RC = rstd_R1 * (dn_RC - n_RC * mean_R[:, None])
+        if ADD:
+            residual_RC = residual_ptr + row_R[:, None] * residual_stride + column_C[None, :]
+            dx_RC += tl.load(residual_RC, mask=inside_RC, other=0.0).to(tl.float32)
+        out_RC = row_R[:, None] * WIDTH + column_C[None, :]
+        tl.store(dx_ptr + out_RC, dx_RC.to(kind), mask=inside_RC)
+        if WANT_Y:
+            tl.store(y_ptr + out_RC, (rounded_RC * weight_1C).to(kind), mask=inside_RC)
+    partial_C = partial_ptr + tl.program_id(0) * WIDTH + column_C
+    tl.store(partial_C, tl.sum(partial_RC, axis=0), mask=column_C < WIDTH)
+
+
+def _launch_options(width: int, elements: int) -> tuple[dict[str, int], dict[str, int]]:
+    """(constants, options) of a launch."""
+    columns = 1 << (width - 1).bit_length()
+    rows = max(_TILE // columns, 1)
+    constants = {"WIDTH": width, "ROWS": rows, "COLUMNS": columns}
+    return constants, {"num_warps": rows * columns // elements // 32}
+
+
+def triton_forward(
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    rstd_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    constants, options = _launch_options(x_TD.shape[1], _FORWARD_ELEMENTS)
+    flags = {"ADD": residual_TD is not None, "KNOWN": rstd_T is not None}
+    if rstd_T is None:
+        rstd_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
+    sum_TD, y_TD = x_TD if residual_TD is None else _rows(x_TD), _rows(x_TD)
+    other_TD = x_TD if residual_TD is None else residual_TD
+    tensors = (x_TD, other_TD, weight_D, sum_TD, y_TD, rstd_T)
+    numbers = (len(x_TD), x_TD.stride(0), other_TD.stride(0), eps)
+    grid = (-(-len(x_TD) // constants["ROWS"]),)
+    _forward_kernel[grid](*tensors, *numbers, **flags, **constants, **options)
+    return sum_TD, y_TD, rstd_T
+
+
+def triton_normalise(x_TD: Tensor, rstd_T: Tensor, weight_D: Tensor) -> Tensor:
+    return triton_forward(x_TD, None, weight_D, 0.0, rstd_T)[1]
+
+
+def triton_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    rstd_T: Tensor,
+    weight_D: Tensor,
+    dresidual_TD: Tensor | None,
+    want_y: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The programs' sums of d weight are added by torch, whose order is fixed too."""
+    num_tokens, width = x_TD.shape
+    constants, options = _launch_options(width, _BACKWARD_ELEMENTS)
+    most = num_programs(x_TD) * (16 // options["num_warps"])
+    programs = min(-(-num_tokens // constants["ROWS"]), most)
+    partial_PD = rstd_T.new_empty(programs, width)
+    dx_TD, y_TD = _rows(x_TD), _rows(x_TD) if want_y else None
+    other_TD = x_TD if dresidual_TD is None else dresidual_TD
+    results = (dx_TD, dx_TD if y_TD is None else y_TD, partial_PD)
+    numbers = (num_tokens, dy_TD.stride(0), x_TD.stride(0), other_TD.stride(0))
+    flags = {"ADD": dresidual_TD is not None, "WANT_Y": want_y, "STAGES": _STAGES[x_TD.dtype]}
+    tensors = (dy_TD, x_TD, rstd_T, weight_D, other_TD, *results)
+    _backward_kernel[(programs,)](*tensors, *numbers, **flags, **constants, **options)
+    return dx_TD, partial_PD.sum(0), y_TD
 
 
 # -- registration ------------------------------------------------------------------------------
@@ -278,3 +437,58 @@ def _add_gradient(ctx, dsum_TD, dy_TD, _):
 
 _op.register_autograd(_gradient, setup_context=_setup_context)
 _add_op.register_autograd(_add_gradient, setup_context=_setup_add_context)
+
+
+_INTEGERS = {"num_rows": "i32", "x_stride": "i32:16", "residual_stride": "i32:16"}
+_SHIPPED = [
+    (f"{name}/weight {weight}/{width}", name, dtype, weight, width)
+    for name, dtype, weight in (
+        ("bf16", torch.bfloat16, "bf16"),
+        ("bf16", torch.bfloat16, "fp32"),
+        ("fp32", torch.float32, "fp32"),
+    )
+    for width in (1536, 5120, 8192)
+]
+COMPILE_CASES = [
+    (
+        f"rms_norm/forward/{case}{suffix}",
+        _forward_kernel,
+        {
+            **dict.fromkeys(("x_ptr", "residual_ptr", "sum_ptr", "y_ptr"), f"*{name}"),
+            "weight_ptr": f"*{weight}",
+            "rstd_ptr": "*fp32",
+            "eps": "fp32",
+            **_INTEGERS,
+        },
+        {**_launch_options(width, _FORWARD_ELEMENTS)[0], "ADD": add, "KNOWN": known},
+        _launch_options(width, _FORWARD_ELEMENTS)[1],
+    )
+    for case, name, _, weight, width in _SHIPPED
+    for suffix, add, known in (
+        ("", False, False),
+        ("/residual", True, False),
+        ("/again", False, True),
+    )
+] + [
+    (
+        f"rms_norm/backward/{case}{suffix}",
+        _backward_kernel,
+        {
+            **dict.fromkeys(("dy_ptr", "x_ptr", "residual_ptr", "dx_ptr", "y_ptr"), f"*{name}"),
+            **dict.fromkeys(("rstd_ptr", "partial_ptr"), "*fp32"),
+            "weight_ptr": f"*{weight}",
+            "dy_stride": "i32:16",
+            **_INTEGERS,
+        },
+        {
+            **_launch_options(width, _BACKWARD_ELEMENTS)[0],
+            "STAGES": _STAGES[dtype],
+            "ADD": add,
+            "WANT_Y": want_y,
+        },
+        _launch_options(width, _BACKWARD_ELEMENTS)[1],
+    )
+    for case, name, dtype, weight, width in _SHIPPED
+    for suffix, add, want_y in (("", False, False), ("/residual, y", True, True))
+]
+"""As softmax_gradient.COMPILE_CASES."""

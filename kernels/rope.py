@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 from s1fast.kernels.arguments import expect, expect_unit_stride, floats, wide
+from s1fast.kernels.jit import jit, tl
+
+_WARPS = 4
+_VECTORS = 2
+"""Of 16 bytes, that a thread takes of each half."""
 
 # -- the public functions ----------------------------------------------------------------------
 
@@ -143,8 +148,107 @@ def reference_(
         out_THK.copy_(x_THK)
 
 
-def triton_(*args):
-    raise NotImplementedError
+@jit
+def _rotate_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    cos_ptr,
+    sin_ptr,
+    num_rows,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    q_out_stride_t,
+    q_out_stride_h,
+    k_out_stride_t,
+    k_out_stride_h,
+    v_out_stride_t,
+    v_out_stride_h,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BACK: tl.constexpr,
+):
+    """A row is a head of a token; rows go token by token, as the fused projection lies in memory.
+    Both halves of a row are in one thread before either is written."""
+    TOTAL: tl.constexpr = HEADS + 2 * KV_HEADS
+    row_X = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token_X = (row_X // TOTAL).to(tl.int64)
+    head_X = (row_X % TOTAL).to(tl.int64)
+    in_X = q_ptr + token_X * q_stride_t + head_X * q_stride_h
+    out_X = q_out_ptr + token_X * q_out_stride_t + head_X * q_out_stride_h
+    if KV_HEADS:
+        key_X = head_X - HEADS
+        value_X = key_X - KV_HEADS
+        k_X = k_ptr + token_X * k_stride_t + key_X * k_stride_h
+        v_X = v_ptr + token_X * v_stride_t + value_X * v_stride_h
+        in_X = tl.where(key_X < 0, in_X, tl.where(value_X < 0, k_X, v_X))
+        k_X = k_out_ptr + token_X * k_out_stride_t + key_X * k_out_stride_h
+        v_X = v_out_ptr + token_X * v_out_stride_t + value_X * v_out_stride_h
+        out_X = tl.where(key_X < 0, out_X, tl.where(value_X < 0, k_X, v_X))
+    column_C = tl.arange(0, COLUMNS)
+    inside_XC = (row_X < num_rows)[:, None] & (column_C < HALF)[None, :]
+    turned_XC = (head_X < HEADS + KV_HEADS)[:, None] & inside_XC
+
+    in_XC = in_X[:, None] + column_C[None, :]
+    a_XC = tl.load(in_XC, mask=inside_XC).to(tl.float32)
+    b_XC = tl.load(in_XC + HALF, mask=inside_XC).to(tl.float32)
+    table_XC = token_X[:, None] * HALF + column_C[None, :]
+    cos_XC = tl.load(cos_ptr + table_XC, mask=turned_XC)
+    sin_XC = tl.load(sin_ptr + table_XC, mask=turned_XC)
+    if BACK:
+        sin_XC = -sin_XC
+    kind = q_out_ptr.dtype.element_ty
+    c_XC = tl.where(turned_XC, a_XC * cos_XC - b_XC * sin_XC, a_XC)
+    d_XC = tl.where(turned_XC, b_XC * cos_XC + a_XC * sin_XC, b_XC)
+    out_XC = out_X[:, None] + column_C[None, :]
+    tl.store(out_XC, c_XC.to(kind), mask=inside_XC)
+    tl.store(out_XC + HALF, d_XC.to(kind), mask=inside_XC)
+
+
+def _launch_options(dtype: torch.dtype, half: int) -> tuple[dict[str, int], dict[str, int]]:
+    """(constants, options) of a launch."""
+    columns = 1 << (half - 1).bit_length()
+    rows = max(_WARPS * 32 * _VECTORS * 16 // dtype.itemsize // columns, 1)
+    return {"HALF": half, "COLUMNS": columns, "ROWS": rows}, {"num_warps": _WARPS}
+
+
+def triton_(
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    num_rotated: int,
+    back: bool,
+) -> None:
+    """_rotate by the kernel: of one tensor, or of queries, keys and values, these copied."""
+    heads = [x_THK.shape[1] for x_THK in inputs]
+    constants, options = _launch_options(inputs[0].dtype, cos_TR.shape[1])
+    num_rows = len(cos_TR) * sum(heads)
+    three = 3 // len(inputs)  # one tensor stands for all three
+    tensors = (*inputs * three, *outputs * three)
+    strides = (stride for x_THK in tensors for stride in x_THK.stride()[:2])
+    _rotate_kernel[(-(-num_rows // constants["ROWS"]),)](
+        *tensors,
+        cos_TR,
+        sin_TR,
+        num_rows,
+        *strides,
+        HEADS=heads[0],
+        KV_HEADS=heads[1] if num_rotated == 2 else 0,
+        BACK=back,
+        **constants,
+        **options,
+    )
 
 
 # -- registration ------------------------------------------------------------------------------
@@ -172,3 +276,30 @@ def _gradient(ctx, dout_THK):
 
 
 _op.register_autograd(_gradient, setup_context=_setup_context)
+
+
+_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "q_out_ptr", "k_out_ptr", "v_out_ptr")
+_STRIDES = [name.replace("ptr", f"stride_{d}") for name in _POINTERS for d in "th"]
+COMPILE_CASES = [
+    (
+        f"rope/{use}/{name}/{heads} + {kv_heads} heads of {2 * half}",
+        _rotate_kernel,
+        {
+            **dict.fromkeys(_POINTERS, f"*{name}"),
+            **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
+            **dict.fromkeys(_STRIDES, "i32:16"),
+            "num_rows": "i32",
+        },
+        {
+            "HEADS": heads + kv_heads * (use == "rope"),
+            "KV_HEADS": kv_heads * (use != "rope"),
+            "BACK": use == "merge",
+            **_launch_options(dtype, half)[0],
+        },
+        _launch_options(dtype, half)[1],
+    )
+    for use in ("rope", "split", "merge")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    for heads, kv_heads, half in ((40, 8, 64), (14, 2, 32))
+]
+"""As softmax_gradient.COMPILE_CASES."""

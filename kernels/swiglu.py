@@ -20,6 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s1fast.kernels.arguments import expect, expect_unit_stride, floats, wide
+from s1fast.kernels.jit import constant, jit, tl
+
+LOG2_E = constant(1.4426950408889634)
+
+_CONFIG = {torch.bfloat16: (4, 2), torch.float32: (4, 2)}
+"""dtype -> (warps, vectors of 16 bytes a thread takes of each tensor)."""
 
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
@@ -111,11 +117,100 @@ def reference_backward(dy_TF: Tensor, gate_up_TF2: Tensor, out: Tensor) -> Tenso
     return y_TF
 
 
-def triton_forward(*args):
-    raise NotImplementedError
+# -- Triton ------------------------------------------------------------------------------------
 
 
-triton_backward = triton_forward
+@jit
+def _place(blocks, BLOCK: tl.constexpr):
+    """Row (int64) and columns of a program: neighbours take neighbouring columns of a row."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    return row, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+
+
+@jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@jit
+def _forward_kernel(gate_up_ptr, y_ptr, width, blocks, row_stride, BLOCK: tl.constexpr):
+    row, column = _place(blocks, BLOCK)
+    inside = column < width
+    gate_ptr = gate_up_ptr + row * row_stride + column
+    gate = tl.load(gate_ptr, mask=inside).to(tl.float32)
+    up = tl.load(gate_ptr + width, mask=inside).to(tl.float32)
+    y = gate * _sigmoid(gate) * up
+    tl.store(y_ptr + row * width + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward_kernel(
+    dy_ptr,
+    gate_up_ptr,
+    out_ptr,
+    y_ptr,
+    width,
+    blocks,
+    dy_stride,
+    row_stride,
+    out_stride,
+    BLOCK: tl.constexpr,
+):
+    """An element's gradient goes where that element may have come from: read first, then written,
+    by one thread."""
+    row, column = _place(blocks, BLOCK)
+    inside = column < width
+    gate_ptr = gate_up_ptr + row * row_stride + column
+    gate = tl.load(gate_ptr, mask=inside).to(tl.float32)
+    up = tl.load(gate_ptr + width, mask=inside).to(tl.float32)
+    dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside).to(tl.float32)
+    s = _sigmoid(gate)
+    silu = gate * s
+    dgate = dy * up * (s * (1.0 + gate * (1.0 - s)))
+    kind = y_ptr.dtype.element_ty
+    dgate_ptr = out_ptr + row * out_stride + column
+    tl.store(dgate_ptr, dgate.to(kind), mask=inside)
+    tl.store(dgate_ptr + width, (dy * silu).to(kind), mask=inside)
+    tl.store(y_ptr + row * width + column, (silu * up).to(kind), mask=inside)
+
+
+def _launch_options(dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+    """(constants, options) of a launch."""
+    warps, vectors = _CONFIG[dtype]
+    return {"BLOCK": warps * 32 * vectors * 16 // dtype.itemsize}, {"num_warps": warps}
+
+
+def triton_forward(gate_up_TF2: Tensor) -> Tensor:
+    num_tokens, width = len(gate_up_TF2), gate_up_TF2.shape[1] // 2
+    constants, options = _launch_options(gate_up_TF2.dtype)
+    blocks = -(-width // constants["BLOCK"])
+    y_TF = gate_up_TF2.new_empty(num_tokens, width)
+    _forward_kernel[(num_tokens * blocks,)](
+        gate_up_TF2, y_TF, width, blocks, gate_up_TF2.stride(0), **constants, **options
+    )
+    return y_TF
+
+
+def triton_backward(dy_TF: Tensor, gate_up_TF2: Tensor, out: Tensor) -> Tensor:
+    """Writes the gradient, returns y_TF."""
+    num_tokens, width = dy_TF.shape
+    constants, options = _launch_options(gate_up_TF2.dtype)
+    blocks = -(-width // constants["BLOCK"])
+    y_TF = gate_up_TF2.new_empty(num_tokens, width)
+    _backward_kernel[(num_tokens * blocks,)](
+        dy_TF,
+        gate_up_TF2,
+        out,
+        y_TF,
+        width,
+        blocks,
+        dy_TF.stride(0),
+        gate_up_TF2.stride(0),
+        out.stride(0),
+        **constants,
+        **options,
+    )
+    return y_TF
 
 
 # -- registration ------------------------------------------------------------------------------
@@ -151,3 +246,34 @@ def _gradient(ctx, dy_TF):
 
 
 _op.register_autograd(_gradient, setup_context=_setup_context)
+
+
+_INTEGERS = {"width": "i32:16", "blocks": "i32", "row_stride": "i32:16"}
+_SHIPPED = [
+    (name, dtype, {"width": "i32"} if odd else {}, "/odd width" if odd else "")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    for odd in (False, True)
+]
+COMPILE_CASES = [
+    (
+        f"swiglu/forward/{name}{suffix}",
+        _forward_kernel,
+        {"gate_up_ptr": f"*{name}", "y_ptr": f"*{name}", **_INTEGERS, **odd},
+        *_launch_options(dtype),
+    )
+    for name, dtype, odd, suffix in _SHIPPED
+] + [
+    (
+        f"swiglu/backward/{name}{suffix}",
+        _backward_kernel,
+        {
+            **dict.fromkeys(("dy_ptr", "gate_up_ptr", "out_ptr", "y_ptr"), f"*{name}"),
+            **dict.fromkeys(("dy_stride", "out_stride"), "i32:16"),
+            **_INTEGERS,
+            **odd,
+        },
+        *_launch_options(dtype),
+    )
+    for name, dtype, odd, suffix in _SHIPPED
+]
+"""As softmax_gradient.COMPILE_CASES."""

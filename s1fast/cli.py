@@ -24,6 +24,7 @@ usage: s1fast COMMAND [arguments]      s1fast COMMAND --help
 
 Train
   train RECIPE.toml [--key value ...]  fine-tune all weights on reasoning traces
+  plan RECIPE.toml [--nodes 2 ...]     predict minutes, dollars and memory on GPUs not yet paid for
   export RUN TARGET                    write the newest snapshot of a run as a Hugging Face folder
 
 Make data
@@ -41,6 +42,7 @@ Measure
 Examples
   s1fast train recipes/smollm2-gsm8k-cpu.toml --data.preview 2
   s1fast train recipes/smollm2-gsm8k-cpu.toml --output out/mine --optim.lr 2e-5
+  s1fast plan recipes/s1-32b.toml --nodes 2 --png out/plan.png
   s1fast distill questions.jsonl out/traces.sqlite --model MODEL --input-price 0.3 \\
       --output-price 2.5 --max-dollars 50
   s1fast curate out/features.jsonl out/s1K --size 1000
@@ -113,6 +115,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
+        "plan": _plan,
         "export": _export,
         "generate": _generate,
         "demo": _demo,
@@ -190,9 +193,26 @@ def _train(arguments: list[str]) -> None:
     default = load_recipe(Path(recipe[0])) if recipe else TrainConfig()
     prog = f"s1fast {usage.split(' [')[0]}"
     config = _parse(TrainConfig, arguments[len(recipe) :], prog, default)
+    if config.dry_run:
+        from s1fast.plan import dry_run
+
+        dry_run(config)
+        return
     from s1fast.trainer import train
 
     train(config)
+
+
+def _plan(arguments: list[str]) -> None:
+    from s1fast.config import TrainConfig, load_recipe
+    from s1fast.plan import PlanConfig, plan
+
+    usage = "plan RECIPE.toml [--key value ...]"
+    recipe = _positional(arguments, 1, usage)
+    known = load_recipe(Path(recipe[0])) if recipe else TrainConfig()
+    fields = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
+    prog = f"s1fast {usage.split(' [')[0]}"
+    plan(_parse(PlanConfig, arguments[len(recipe) :], prog, PlanConfig(**fields)))
 
 
 def _export(arguments: list[str]) -> None:

@@ -123,6 +123,8 @@ class TrainConfig:
     attention: Literal["auto", "triton", "flash", "torch", "reference"] = "auto"
     """Ours, flash-attn, torch's varlen attention, or torch's sequence by sequence. auto: triton on
     a GPU in bfloat16 where heads are 64 or 128 wide, else reference."""
+    dry_run: bool = False
+    """Print what the run would take, its memory, minutes and dollars, and stop."""
     compile: bool = False
     """Compile the layers. What they do is our own kernels either way, so it saves launch time at
     most; it needs triton attention, and minutes at the start."""
@@ -209,6 +211,7 @@ _FREE = {
     "checkpoint.keep",
     "checkpoint.resume",
     "data.preview",
+    "dry_run",
 }
 """Fields that may differ between a run and its resumption: they do not change the mathematics."""
 

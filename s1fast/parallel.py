@@ -26,13 +26,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from s1fast.errors import InputError
+from s1fast.heartbeat import Heartbeat
 from s1fast.model import Model
 from s1fast.ranks import ALONE, Ranks, process_group
 from s1fast.ulysses import Group
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for the last rank. Longer than a rank may take to load or to save;
-one that died is noticed sooner, by torchrun, by its closed connections or by its group."""
+"""How long a collective waits for the last rank: longer than one may take to load or to save. One
+that died is noticed sooner, by torchrun or by its heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -139,27 +140,36 @@ def join(device: torch.device) -> Layout:
     # gloo beside NCCL carries what the host has to say
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store = _store(rank, world)
+        store = _store()
+        life = word_of_life(store, rank, world)
+        groups = dist.PrefixStore(f"groups of {life}", store)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, **bound
+            backend, store=groups, rank=rank, world_size=world, timeout=TIMEOUT, **bound
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
+    if world > 1:
+        beats = dist.PrefixStore(f"beats of {life}", _store())
+        _heartbeats.append(Heartbeat(beats, rank, world))
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
     return Layout(device, process_group(), mesh=mesh)
 
 
-def _store(rank: int, world: int) -> dist.Store:
-    """Where the ranks find each other: torchrun's, or one of this process's own."""
+_heartbeats: list[Heartbeat] = []
+"""Of this process, at most one: it belongs to the process as torch's default group does."""
+
+
+def _store() -> dist.Store:
+    """A new connection to where the ranks find each other: torchrun's store, or one of our own."""
     if not launched():
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    return own_part(store, rank, world)
+    return store
 
 
-def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """A part of a store that is this life's alone; all ranks call it.
+def word_of_life(store: dist.Store, rank: int, world: int) -> str:
+    """A word that the ranks of this life alone have in common; all ranks call it.
 
     torchrun may start all anew on the same store, where the dead ones' addresses still stand, and
     its count of restarts is not the same on all nodes. So every other rank asks by a word of its
@@ -170,7 +180,7 @@ def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
         store.set(f"asked/{rank}", word)
         word = store.get(f"answer/{word}").decode()
         store.set(f"found/{word}/{rank}", "")
-        return dist.PrefixStore(word, store)
+        return word
     waiting = set(range(1, world))
     while waiting:
         for other in list(waiting):
@@ -179,7 +189,7 @@ def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
             if store.check([f"found/{word}/{other}"]):
                 waiting.remove(other)
         time.sleep(0.01)
-    return dist.PrefixStore(word, store)
+    return word
 
 
 def share_streams(layout: Layout, degree: int) -> Layout:
@@ -198,8 +208,10 @@ def share_streams(layout: Layout, degree: int) -> Layout:
 
 
 def leave() -> None:
-    """Ends what join began."""
+    """Ends what join began; all ranks call it, soon after each other."""
     if dist.is_initialized():
+        if _heartbeats:
+            _heartbeats.pop().stop()
         gc.collect()  # before the groups that tensors and modules still refer to
         dist.destroy_process_group()
 
@@ -224,7 +236,8 @@ def shard_model(
         cast_forward_inputs=False,
     )
     layers: list[Any] = list(model.layers)
-    first, last = [], []
+    first: list[Any] = []
+    last: list[Any] = []
     if model.head.weight is not None:
         first, last = [model.embed], [model.head]
     # Backward begins with the head, so it stays; the embedding's backward needs no weight.
@@ -245,6 +258,7 @@ def shard_model(
             # Summed by force: a factor of 1 alone would be a reduction that only NCCL has.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-    if layout.device.type == "cuda" and hasattr(root, "set_separate_reduce_scatter_group"):
+    separable = hasattr(root, "set_separate_reduce_scatter_group")
+    if layout.device.type == "cuda" and layout.world > 1 and separable:
         # torch 2.13: in backward, reduce-scatter and all-gather run side by side.
         root.set_separate_reduce_scatter_group()

@@ -5,14 +5,18 @@
     gate_up  and their projections                  45 KB    +19 %
     full     the whole layer                        10 KB    +33 %
 
-A function of token count and budget alone: all ranks of a step choose the same.
+Backward frees what a layer kept and leaves its gradient, layer by layer from the last one down. So
+in a step's first pass the two are never there in full together: when k layers are left, there is
+what these k kept and the gradients of the others, and the largest such sum must fit. Later passes
+find all gradients there.
+
+A function of token count, pass and budget alone: all ranks of a step choose the same.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -22,10 +26,6 @@ from s1fast.model import ModelConfig, Recompute, kept_bytes
 
 Mode = Literal["auto", "none", "full"]
 
-_IN_BACKWARD = 2
-"""Layers' worth of "none" that the layer in backward holds: what it computes again, gradients."""
-_UNSHARDED_LAYERS = 3
-"""In use, the next in backward's order, and the buffer that it was gathered in."""
 _COMMUNICATORS = 2 << 30
 """NCCL's buffers, which it takes when first used."""
 _FRAGMENTATION = 0.04
@@ -42,47 +42,105 @@ def saved_bytes(config: ModelConfig, dtype: torch.dtype, ulysses: int = 1) -> di
     return {what: kept_bytes(dealt, what, dtype) for what in get_args(Recompute)}
 
 
-def choose_recompute(
-    mode: Mode, num_layers: int, saved: dict[Recompute, int], num_tokens: int, budget_bytes: float
-) -> list[Recompute]:
-    """What each layer computes again, for a stream of num_tokens tokens on a rank.
+@dataclass(frozen=True)
+class Memory:
+    """What a rank has for a pass, and what the layers put there, in bytes.
 
-    "auto" turns as few layers as fit from "none" to "gate_up", and when all are, from "gate_up" to
-    "full". Early layers first: while they run backward, the later ones' activations are gone.
-    A stream that does not fit even so has every layer "full".
+    budget: for what is kept and for gradients. saved: a token's in a layer, by policy. at_work: a
+    token's in the layer that runs backward. gradient: of a layer, this rank's rows in fp32.
     """
-    if mode != "auto":
-        return [mode] * num_layers
-    most = budget_bytes / max(1, num_tokens) - _IN_BACKWARD * saved["none"]  # bytes a token
-    chosen: list[Recompute] = ["none"] * num_layers
-    steps: Sequence[tuple[Recompute, Recompute]] = (("none", "gate_up"), ("gate_up", "full"))
-    for more, less in steps:
-        excess = sum(saved[what] for what in chosen) - most
-        if excess <= 0:
-            break
-        count = math.ceil(min(num_layers, excess / (saved[more] - saved[less])))
-        chosen[:count] = [less] * count
-    return chosen
+
+    num_layers: int
+    budget: float
+    saved: dict[Recompute, int]
+    at_work: int
+    gradient: int
+
+    def needed(self, what: Sequence[Recompute], num_tokens: int, first_pass: bool = True) -> int:
+        """The largest sum of kept and gradients during backward, with the layer at work."""
+        most = held = len(what) * self.gradient  # no layer is left
+        for policy in what:
+            held += self.saved[policy] * num_tokens - (self.gradient if first_pass else 0)
+            most = max(most, held)
+        return most + self.at_work * num_tokens
+
+    def choose(self, mode: Mode, num_tokens: int, first_pass: bool = True) -> list[Recompute]:
+        """What each layer computes again, for a stream of num_tokens tokens on a rank.
+
+        "auto" turns as few layers as fit from "none" to "gate_up", and when all are, from
+        "gate_up" to "full". Early layers first: while they run backward, the later ones'
+        activations are gone. A stream that does not fit even so has every layer "full".
+        """
+        if mode != "auto":
+            return [mode] * self.num_layers
+        steps: Sequence[tuple[Recompute, Recompute]] = (("none", "gate_up"), ("gate_up", "full"))
+        for more, less in steps:
+            for count in range(self.num_layers):
+                chosen = [less] * count + [more] * (self.num_layers - count)
+                if self.needed(chosen, num_tokens, first_pass) <= self.budget:
+                    return chosen
+        return ["full"] * self.num_layers
 
 
-def activation_budget(free_bytes: int, config: ModelConfig, itemsize: int, world: int) -> int:
-    """Bytes for what forward keeps, of those free once weights and moments are there.
-
-    Most is kept when backward begins. Beside it there are then the fp32 gradients of this rank's
-    shard from the pass before, some layers' weights, and either the head with its gradient, which
-    is copied to fp32 to be reduced, or that copy still in flight while the last layer's follows.
-    """
-    num_layers, head = config.num_hidden_layers, config.vocab_size * config.hidden_size
-    embeddings = head * (1 if config.tie_word_embeddings else 2)
-    layer = (config.num_weights - embeddings) // num_layers
-    reducing = max(head * (2 * itemsize + 4), head * 4 + layer * (itemsize + 4))
-    taken = (
-        4 * config.num_weights // world
-        + max(
-            2 * head * itemsize + CHUNK_BYTES["cuda"],
-            _UNSHARDED_LAYERS * layer * itemsize + reducing,
-        )
-        + _COMMUNICATORS
-        + int(_FRAGMENTATION * free_bytes)
+def layer_memory(
+    config: ModelConfig, dtype: torch.dtype, world: int, ulysses: int, budget: float
+) -> Memory:
+    """The memory of a rank of `world`, `ulysses` of which share a stream."""
+    gate_up = 2 * config.intermediate_size * dtype.itemsize
+    return Memory(
+        num_layers=config.num_hidden_layers,
+        budget=budget,
+        saved=saved_bytes(config, dtype, ulysses),
+        at_work=2 * gate_up + 4 * config.hidden_size * dtype.itemsize,
+        gradient=4 * _layer_weights(config) // world,
     )
-    return max(0, free_bytes - taken)
+
+
+def _layer_weights(config: ModelConfig) -> int:
+    embeddings = config.vocab_size * config.hidden_size
+    embeddings *= 1 if config.tie_word_embeddings else 2
+    return (config.num_weights - embeddings) // config.num_hidden_layers
+
+
+def working_bytes(config: ModelConfig, dtype: torch.dtype, world: int) -> dict[str, int]:
+    """What logits, gathered weights and gradients being reduced take, in the fullest moment.
+
+    In the loss: the head's weight, its gradient, a chunk of logits, two layers gathered. When the
+    head's gradient is reduced: the same without logits, and the gradient in fp32. When a layer runs
+    backward: three gathered, its gradient, and in fp32 what is being reduced, two layers or the
+    head. On one rank nothing is copied to be gathered or reduced, but the weights' casts are as
+    large.
+    """
+    layer, head = _layer_weights(config), config.vocab_size * config.hidden_size
+    moments = (  # gathered, gradient, reduced, logits
+        (head + 2 * layer, head, 0, CHUNK_BYTES["cuda"]),
+        (head + 2 * layer, head, head, 0),
+        (3 * layer, layer, max(2 * layer, head), 0),
+    )
+    size = dtype.itemsize
+    gathered, gradient, reduced, logits = max(
+        moments, key=lambda m: (m[0] + m[1]) * size + 4 * m[2] + m[3]
+    )
+    embeddings = config.num_weights - config.num_hidden_layers * layer
+    return {
+        "gathered weights": gathered * size,
+        "gradients of a unit": gradient * size,
+        "gradients being reduced": 4 * reduced,
+        "gradients of embedding and head": 4 * embeddings // world,
+        "logits of a chunk": logits,
+    }
+
+
+def reserve_bytes(free_bytes: int) -> dict[str, int]:
+    """What no tensor of the model or the step accounts for."""
+    return {
+        "communicators": _COMMUNICATORS,
+        "lost by the allocator": int(_FRAGMENTATION * free_bytes),
+    }
+
+
+def activation_budget(free_bytes: int, config: ModelConfig, dtype: torch.dtype, world: int) -> int:
+    """Bytes for what forward keeps and for the layers' gradients, of those free once weights and
+    moments are there."""
+    taken = working_bytes(config, dtype, world) | reserve_bytes(free_bytes)
+    return max(0, free_bytes - sum(taken.values()))

@@ -38,7 +38,7 @@ from s1fast.packing import (
     steps_per_epoch,
 )
 from s1fast.parallel import Layout
-from s1fast.recompute import activation_budget, choose_recompute, saved_bytes
+from s1fast.recompute import activation_budget, layer_memory
 from s1fast.slices import Slice, slice_of
 from s1fast.ulysses import ulysses_attention
 
@@ -78,8 +78,8 @@ class Trainer:
         self.device = device
         self.optimizer = AdamW(model.named_parameters(), config.optim, layout.sum)
         self.attention = attention_backend(config, device, dtype, model.config.head_dim)
-        self.saved_bytes = saved_bytes(model.config, dtype, layout.ulysses)
-        self.activation_bytes = _activation_bytes(config, model, layout)
+        budget = _activation_budget(config, model, layout)
+        self.memory = layer_memory(model.config, dtype, layout.world, layout.ulysses, budget)
         self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
         total = self.steps_per_epoch * config.epochs
         self.num_steps = min(total, config.max_steps) if config.max_steps else total
@@ -118,21 +118,20 @@ class Trainer:
         bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
         ours = [streams[layout.group_index] for streams in plan.passes]
         packed = pack_batch(plan.batch, self.config.data.loss_weight, ours)
-        for stream, streams in zip(packed, plan.passes, strict=True):
+        for number, (stream, streams) in enumerate(zip(packed, plan.passes, strict=True)):
             part = cut(stream, layout.part, layout.ulysses).to(self.device)
-            recompute = self.recompute([sum(plan.seqlens[i] for i in ids) for ids in streams])
+            lengths = [sum(plan.seqlens[i] for i in ids) for ids in streams]
+            recompute = self.recompute(lengths, first_pass=number == 0)
             partial = stream_loss(self.model, part, bad_labels, self.attention, recompute, layout)
             partial.backward()
             loss += partial.detach()
         totals = layout.sum(torch.stack((loss, bad_labels.to(loss.dtype))))
         return totals[0], totals[1]
 
-    def recompute(self, stream_tokens: Sequence[int]) -> list[Recompute]:
+    def recompute(self, stream_tokens: Sequence[int], first_pass: bool) -> list[Recompute]:
         """What each layer computes again in a pass of such streams, so that the longest fits."""
         most = max(part_tokens(n, self.layout.ulysses) for n in stream_tokens)
-        layers = self.model.config.num_hidden_layers
-        mode, budget = self.config.recompute, self.activation_bytes
-        return choose_recompute(mode, layers, self.saved_bytes, most, budget)
+        return self.memory.choose(self.config.recompute, most, first_pass)
 
     def _compile(self) -> None:
         """Compiles the layers and builds every graph that a step may need, before the first one."""
@@ -210,7 +209,7 @@ def stream_loss(
     )
 
 
-def _activation_bytes(config: TrainConfig, model: Model, layout: Layout) -> float:
+def _activation_budget(config: TrainConfig, model: Model, layout: Layout) -> float:
     """Memory for what forward keeps: as configured, or the least that any rank has free."""
     if config.activation_gb:
         return config.activation_gb * 1e9
@@ -219,8 +218,8 @@ def _activation_bytes(config: TrainConfig, model: Model, layout: Layout) -> floa
     device = layout.device
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    itemsize = model.compute_dtype.itemsize
-    return layout.smallest(activation_budget(free, model.config, itemsize, layout.world))
+    budget = activation_budget(free, model.config, model.compute_dtype, layout.world)
+    return layout.smallest(budget)
 
 
 def attention_backend(

@@ -99,8 +99,9 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         _loop(trainer, start, console)
     target = config.output / "hf"
     _save_trained(trainer, run.source, target)
-    if ranks.rank == 0:
-        plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
+    with ranks.together():
+        if ranks.rank == 0:
+            plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
     facts = f"model  {target}\nplot   {config.output / 'loss.png'}"
     console.print(facts, highlight=False, markup=False, soft_wrap=True)
     return target
@@ -211,22 +212,23 @@ def _save_snapshot(
 def _loop(trainer: Trainer, start: int, console: Console) -> None:
     c, ranks = trainer.config, trainer.layout.ranks
     log, peak = None, 0.0
-    if ranks.rank == 0:
-        peak, source = peak_tflops(trainer.device, trainer.model.compute_dtype)
-        console.print(
-            "MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices / "
-            f"{peak:.3g} TFLOP/s ({source})",
-            highlight=False,
-            soft_wrap=True,
-        )
-        log = RunLog(
-            c.output,
-            console,
-            num_steps=trainer.num_steps,
-            start=start,
-            every=c.log.every,
-            board=c.log.tensorboard,
-        )
+    with ranks.together():
+        if ranks.rank == 0:
+            peak, source = peak_tflops(trainer.device, trainer.model.compute_dtype)
+            console.print(
+                "MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices / "
+                f"{peak:.3g} TFLOP/s ({source})",
+                highlight=False,
+                soft_wrap=True,
+            )
+            log = RunLog(
+                c.output,
+                console,
+                num_steps=trainer.num_steps,
+                start=start,
+                every=c.log.every,
+                board=c.log.tensorboard,
+            )
     writer = None
     if c.checkpoint.every:
         writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep, ranks)

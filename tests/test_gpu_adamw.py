@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-BETAS, EPS, LR, CLIP, DECAY = (0.9, 0.95), 1e-8, 1e-2, 0.5, 0.1
+BETAS, EPS, LR, CLIP, DECAY = (0.9, 0.95), 1e-3, 1e-2, 0.5, 0.1
 SLICE = 1 << 24
 # One shard of more than 2^31 elements would need 34 GB; this one is beyond 2^31 bytes in fp32.
 SIZES = (550_000_000, 5120, 1, 0, 131_075)

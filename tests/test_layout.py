@@ -39,11 +39,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels", "slices"},
     "recompute": {"kernels", "model"},
+    "heartbeat": set(),
     "ulysses": {"kernels"},
-    "parallel": {"errors", "model", "ranks", "ulysses"},
+    "parallel": {"errors", "heartbeat", "model", "ranks", "ulysses"},
+    "published": {"model"},
+    "rates": {"errors", "files"},
+    "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
+    "planner": {"balance", "config", "metrics", "model", "packing", "parallel", "rates"}
+    | {"recompute"},
+    "plan_report": {"files", "metrics", "planner", "rates"},
+    "plan": {"chat", "checkpoint", "config", "errors", "fake_ranks", "files", "kernels"}
+    | {"model", "packing"}
+    | {"plan_report", "planner", "published", "rates", "recompute", "rows"},
     "kv_cache": {"kernels", "model"},
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
     | {"packing", "parallel", "recompute", "slices", "snapshot", "ulysses"},
@@ -67,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"balance", "bench", "chat", "decoder", "errors", "files", "kernels", "metrics"}
     | {"model", "packing", "step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
-    | {"recipes", "trainer"},
+    | {"plan", "recipes", "trainer"},
     "__main__": {"cli"},
 }
 

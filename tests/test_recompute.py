@@ -1,106 +1,100 @@
-"""What is computed again: as little as fits, early layers first, whatever the budget."""
+"""What is computed again: the least that fits, and never more than there is room for."""
 
 from __future__ import annotations
 
-import itertools
+from itertools import product
 from typing import get_args
 
 import pytest
 import torch
 
-from rank_checks import model_config
-from s1fast.model import ModelConfig, Recompute, kept_bytes
-from s1fast.recompute import activation_budget, choose_recompute, saved_bytes
+from s1fast.model import Recompute
+from s1fast.published import model_config
+from s1fast.recompute import Memory, activation_budget, layer_memory, saved_bytes, working_bytes
 
-SAVED: dict[Recompute, int] = {"none": 100, "gate_up": 30, "full": 10}
-COST: dict[Recompute, float] = {"none": 0, "gate_up": 0.194, "full": 0.333}  # of a layer's time
-WORKING = 2 * 100
-"""Bytes a token that the layer in backward holds beside what is kept."""
-
-
-def qwen_32b() -> ModelConfig:
-    return model_config(
-        hidden_size=5120,
-        intermediate_size=27648,
-        num_hidden_layers=64,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=152064,
-    )
+QWEN = model_config("Qwen/Qwen2.5-32B-Instruct")
+assert QWEN is not None
+COST = {"none": 0.0, "gate_up": 0.19, "full": 0.33}
+SMALL = Memory(
+    num_layers=5,
+    budget=0.0,
+    saved={"none": 16, "gate_up": 5, "full": 1},
+    at_work=20,
+    gradient=300,
+)
 
 
-def kept(chosen: list[Recompute]) -> int:
-    return sum(SAVED[what] for what in chosen)
+def by_hand(memory: Memory, what: list[Recompute], tokens: int, first: bool = True) -> int:
+    """Layer by layer: k are left, the others' gradients are there, after a first pass all."""
+    sums = [
+        sum(memory.saved[policy] * tokens for policy in what[:k])
+        + (len(what) - k if first else len(what)) * memory.gradient
+        for k in range(len(what) + 1)
+    ]
+    return max(sums) + memory.at_work * tokens
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 5])
-def test_no_cheaper_choice_fits(num_layers: int) -> None:
-    """Beside all mixtures of the two policies that a budget chooses between, at every budget."""
-    for budget in range(0, 100 * num_layers + 20, 5):
-        tokens = 7
-        chosen = choose_recompute("auto", num_layers, SAVED, tokens, tokens * (budget + WORKING))
-        least = 10 * num_layers
-        assert kept(chosen) <= max(budget, least)
-        cost = sum(COST[what] for what in chosen)
-        kinds: list[list[Recompute]] = [["none", "gate_up"], ["gate_up", "full"]]
-        for pair in kinds:
-            for other in itertools.combinations_with_replacement(pair, num_layers):
-                if kept(list(other)) <= budget:
-                    assert cost <= sum(COST[what] for what in other) + 1e-9
+@pytest.mark.parametrize("tokens", [1, 10, 100, 1000])
+def test_needed_is_the_fullest_moment_of_backward(tokens: int) -> None:
+    for what in product(get_args(Recompute), repeat=5):
+        for first in (True, False):
+            found = SMALL.needed(what, tokens, first)
+            assert found == by_hand(SMALL, list(what), tokens, first)
 
 
-def test_early_layers_first() -> None:
-    """When the last layers run backward, theirs is all that may be computed again beside it."""
-    order = list(get_args(Recompute))
-    for budget in range(0, 1000, 10):
-        chosen = choose_recompute("auto", 10, SAVED, 1, budget + WORKING)
-        ranks = [order.index(what) for what in chosen]
-        assert ranks == sorted(ranks, reverse=True)
+def test_the_least_that_fits_is_chosen() -> None:
+    """Among all early-layers-first choices, for every budget: the first that fits, by cost."""
+    tokens, layers = 100, 5
+    order: list[list[Recompute]] = [
+        [less] * n + [more] * (layers - n)
+        for more, less in (("none", "gate_up"), ("gate_up", "full"))
+        for n in range(layers)
+    ] + [["full"] * layers]
+    seen = set()
+    for budget, first in product(range(0, 12000, 37), (True, False)):
+        memory = Memory(layers, budget, SMALL.saved, SMALL.at_work, SMALL.gradient)
+        found = memory.choose("auto", tokens, first)
+        fitting = [what for what in order if by_hand(memory, what, tokens, first) <= budget]
+        best = min(fitting, key=lambda what: sum(COST[p] for p in what), default=order[-1])
+        assert found == best
+        seen.add(tuple(found))
+    # Where gradients fill the fullest moment, two choices need the same, and the first is taken.
+    assert len(seen) >= len(order) - 1
 
 
-def test_more_tokens_never_keep_more_a_token() -> None:
-    before = choose_recompute("auto", 64, SAVED, 1, 1e6)
-    for tokens in range(2, 2000, 37):
-        chosen = choose_recompute("auto", 64, SAVED, tokens, 1e6)
-        assert kept(chosen) <= kept(before)
-        before = chosen
-    assert before[0] != "none"
+def test_more_tokens_never_compute_less_again() -> None:
+    memory = layer_memory(QWEN, torch.bfloat16, 16, 8, 50e9)
+    costs = [sum(COST[p] for p in memory.choose("auto", t)) for t in range(100, 60000, 500)]
+    assert costs == sorted(costs)
+    assert costs[0] == 0.0 and costs[-1] == pytest.approx(0.33 * 64)
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_fixed_modes_ask_no_budget(mode: str) -> None:
-    assert choose_recompute(mode, 3, SAVED, 10**9, 0) == [mode] * 3  # type: ignore[arg-type]
+def test_what_is_asked_for_is_done() -> None:
+    memory = layer_memory(QWEN, torch.bfloat16, 16, 8, 0.0)
+    assert memory.choose("none", 10**9) == ["none"] * 64
+    assert memory.choose("full", 1) == ["full"] * 64
 
 
-def test_a_boundless_budget_recomputes_nothing() -> None:
-    assert choose_recompute("auto", 3, SAVED, 10**9, float("inf")) == ["none"] * 3
+def test_kv_heads_are_kept_as_often_as_they_are_repeated() -> None:
+    """14 query and 2 key-value heads of 64 over 4 ranks: two more of each, in bf16."""
+    small = model_config("Qwen/Qwen2.5-0.5B")
+    assert small is not None
+    alone, dealt = (saved_bytes(small, torch.bfloat16, u) for u in (1, 4))
+    assert dealt["none"] - alone["none"] == 2 * 2 * 64 * 2
+    assert dealt["full"] == alone["full"] == 896 * 2
 
 
-def test_saved_bytes_are_the_models() -> None:
-    """Repeated key-value heads are kept as often as they are repeated."""
-    config = qwen_32b()
-    for what in get_args(Recompute):
-        assert saved_bytes(config, torch.bfloat16, 8)[what] == kept_bytes(
-            config, what, torch.bfloat16
-        )
-    more = saved_bytes(config, torch.bfloat16, 40)
-    assert more["none"] - saved_bytes(config, torch.bfloat16)["none"] == 2 * 32 * 128 * 2
-    assert more["full"] == 5120 * 2
-
-
-def test_the_plan_of_the_16_gpu_run() -> None:
-    """32B on 16 GPUs of 80 GB with bf16 moments, as the plan reckons it: weights 8.2 GB and moments
-    8.2 GB are there, gradients of as much come, and 10 to 15 GB are for what passes. At 4,700
-    tokens a few layers in ten compute gate and up again, at 6,500 half, never a whole layer."""
-    config = qwen_32b()
-    free = int(79e9 - 2 * 4 * config.num_weights / 16)
-    budget = activation_budget(free, config, 2, 16)
-    assert 10e9 < free - budget - 8.2e9 < 15e9
-    saved = saved_bytes(config, torch.bfloat16, 8)
-    shares = {}
-    for tokens in (2500, 4700, 6500):
-        chosen = choose_recompute("auto", 64, saved, tokens, budget)
-        assert "full" not in chosen
-        shares[tokens] = chosen.count("gate_up") / 64
-    assert shares[2500] == 0 and 0 < shares[4700] < 0.4 and 0.4 < shares[6500] < 0.7, shares
+def test_working_bytes_of_qwen_32b() -> None:
+    """By hand, in GB: head 0.7786e9 weights, a layer 0.4876e9. The head's moment is the fuller."""
+    found = working_bytes(QWEN, torch.bfloat16, 16)
+    head, layer = 152064 * 5120, 487_587_840
+    assert found == {
+        "gathered weights": 2 * (head + 2 * layer),
+        "gradients of a unit": 2 * head,
+        "gradients being reduced": 4 * head,
+        "gradients of embedding and head": 4 * 2 * head // 16,
+        "logits of a chunk": 0,
+    }
+    assert activation_budget(1 << 30, QWEN, torch.bfloat16, 16) == 0
+    free = 60 << 30
+    assert 0 < activation_budget(free, QWEN, torch.bfloat16, 16) < free - sum(found.values())

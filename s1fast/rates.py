@@ -1,0 +1,128 @@
+"""The rates that a plan computes with: measured on that GPU where a result says so, else assumed.
+
+Measured rates come from result files of `s1fast bench kernels` (bench/results). Every rate carries
+its source, and a plan prints it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from s1fast.errors import InputError
+from s1fast.files import read_bytes
+
+GPU = Literal["H100", "H200"]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A number, its unit, where it is from, and whether it was measured."""
+
+    value: float
+    unit: str
+    source: str
+    measured: bool = False
+
+    def __str__(self) -> str:
+        kind = "measured" if self.measured else "assumed"
+        return f"{self.value:,.4g} {self.unit}, {kind}: {self.source}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Of one kind of GPU and the network between them."""
+
+    peak: Rate
+    """Of the data sheet, dense bf16: what MFU is relative to."""
+    gemm: Rate
+    """Matrix products of a layer and of the head, at some thousand rows."""
+    attention_forward: Rate
+    attention_backward: Rate
+    memory: Rate
+    """Kernels that move bytes: norms, activations, AdamW."""
+    nvlink: Rate
+    """A GPU's share of a collective within a node, bytes received a second."""
+    fabric: Rate
+    """The same across nodes."""
+    overlap: Rate
+    """Share of the communication that compute can hide which it does hide, in the worse case."""
+    host: Rate
+    """A step's launches and reading of metrics that the GPU waits for."""
+    price: Rate
+
+    def items(self) -> list[tuple[str, Rate]]:
+        return [(f.name, getattr(self, f.name)) for f in fields(self)]
+
+
+_TFLOPS, _GB_S = "TFLOP/s", "GB/s"
+_SHEET = "NVIDIA's data sheet of the SXM board"
+_TRITON = "what is reported of Triton on H100 for heads of 128: 450-520 forward, 330-400 backward"
+_COMMON: dict[str, Rate] = {
+    "peak": Rate(989.0, _TFLOPS, _SHEET),
+    "gemm": Rate(680.0, _TFLOPS, "cuBLAS is reported to sustain 650-800 on H100"),
+    "attention_forward": Rate(450.0, _TFLOPS, _TRITON),
+    "attention_backward": Rate(330.0, _TFLOPS, _TRITON),
+    "nvlink": Rate(360.0, _GB_S, "NCCL on 450 GB/s of NVLink, 80 %"),
+    "fabric": Rate(340.0, _GB_S, "NCCL's ring over eight 400 Gb/s adapters a node"),
+    "overlap": Rate(0.7, "of 1", "a guess, for the worse end of the range"),
+    "host": Rate(0.01, "s", "a guess"),
+    "price": Rate(3.0, "$ a GPU-hour", "a guess; log.dollars_per_hour states yours"),
+}
+_MEMORY: dict[str, Rate] = {
+    "H100": Rate(3000.0, _GB_S, "90 % of the data sheet's 3,350, as well-made kernels reach"),
+    "H200": Rate(4300.0, _GB_S, "90 % of the data sheet's 4,800"),
+}
+
+DEVICE_BYTES: dict[str, float] = {"H100": 79.1 * 2**30, "H200": 139.8 * 2**30}
+"""What torch may take of 80 GB and 141 GB boards, the CUDA context apart."""
+
+
+def find_rates(gpu: GPU, results: Path, dollars_per_hour: float = 0.0) -> Rates:
+    """Assumed rates, replaced by what the newest result of that GPU in the folder measured.
+
+    Raises:
+        InputError: a result file that is damaged.
+    """
+    values = dict(_COMMON) | {"memory": _MEMORY[gpu]}
+    for result, name in _results(gpu, results):  # oldest first: the newest one stays
+        values |= _measured(result, name)
+    if dollars_per_hour:
+        values["price"] = Rate(dollars_per_hour, "$ a GPU-hour", "log.dollars_per_hour", True)
+    return Rates(**values)
+
+
+def _results(gpu: str, folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(read_bytes(path))
+            environment = result["environment"]
+            if environment["device"].startswith(f"NVIDIA {gpu}") and "roofs" in result:
+                found.append((environment["timestamp"], path.name, result))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: no result of the bench: {error!r}") from None
+    for _, name, result in sorted(found, key=lambda one: one[:2]):
+        if not result["roofs"].get("void"):
+            yield result, name
+
+
+def _measured(result: dict[str, Any], name: str) -> dict[str, Rate]:
+    """The rates that one result file holds."""
+    roofs = result["roofs"]
+    values = {"memory": Rate(roofs["copy_gb_s"], _GB_S, f"copy roof, {name}", True)}
+    for shape in result.get("shapes", []):
+        ours = next((m for m in shape["measurements"] if m["provider"] == "s1fast"), None)
+        if ours is None or ours["status"] != "ok" or not ours.get("tflops"):
+            continue
+        source = f"{shape['op']} {shape['shape']}, {name}"
+        rates = {mode: Rate(v, _TFLOPS, source, True) for mode, v in ours["tflops"].items()}
+        if shape["op"] == "packed_attention" and "attention_forward" not in values:
+            values["attention_forward"] = rates["forward"]
+            values["attention_backward"] = rates["backward"]
+        if shape["op"] == "linear_cross_entropy" and "gemm" not in values:
+            values["gemm"] = rates["full"]
+    return values

@@ -1,0 +1,270 @@
+"""What tests/mutation_check.py breaks in packed attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mutation import Mutation
+
+ATTENTION = "tests/test_packed_attention.py"
+
+
+def _attention(name: str, old: str, new: str, *tests: str) -> Mutation:
+    """In the kernels and their launches; `tests` are the functions that it takes, if not all."""
+    chosen = tuple(f"{ATTENTION}::{test}" for test in tests) or (ATTENTION,)
+    file = "kernels/packed_attention_triton.py"
+    return Mutation(f"attention: {name}", file, old, new, chosen)
+
+
+def _attention_call(name: str, old: str, new: str, *tests: str) -> Mutation:
+    """In what checks the arguments and registers the operation."""
+    kernels = _attention(name, old, new, *tests)
+    return replace(kernels, file="kernels/packed_attention.py")
+
+
+def _refused(name: str, old: str, new: str) -> Mutation:
+    """Of a check that turns bad arguments away."""
+    return _attention_call(name, old, new, "test_bad_arguments_are_named")
+
+
+MUTATIONS = (
+    # -- forward
+    _attention(
+        "forward mask one late",
+        "seen_MN = tl.arange(0, N)[None, :] <= ",
+        "seen_MN = tl.arange(0, N)[None, :] <= 1 + ",
+    ),
+    _attention(
+        "forward mask one short",
+        "seen_MN = tl.arange(0, N)[None, :] <= ",
+        "seen_MN = tl.arange(0, N)[None, :] < ",
+    ),
+    _attention("sum without rescale", "sum_M = sum_M * fade_M +", "sum_M = sum_M +"),
+    _attention(
+        "output without rescale", "acc_MK = acc_MK * fade_M[:, None]", "acc_MK = acc_MK + 0.0"
+    ),
+    _attention(
+        "maximum of this tile alone",
+        "tl.maximum(high_M, tl.max(score_MN, 1))",
+        "tl.max(score_MN, 1)",
+    ),
+    _attention(
+        "maximum not taken out",
+        "score_MN * scale2 - (new_M * scale2)",
+        "score_MN * scale2 - (0 * new_M)",
+    ),
+    _attention("output not normalised", "(acc_MK / sum_M[:, None]).to", "acc_MK.to"),
+    _attention(
+        "forward's scale to base e",
+        "scale * LOG2_E,\n        num_tokens,\n        heads,\n        heads //",
+        "scale,\n        num_tokens,\n        heads,\n        heads //",
+    ),
+    _attention(
+        "log-sum-exp without the sum", "high_M * scale2 + tl.log2(sum_M)", "high_M * scale2"
+    ),
+    _attention(
+        "log-sum-exp of another head",
+        "lse2_ptr += head.to(tl.int64) * num_tokens + start\n    tl.store",
+        "lse2_ptr += start\n    tl.store",
+    ),
+    _attention(
+        "log-sum-exp written beyond",
+        "tl.store(lse2_ptr + row_M, lse2_M, mask=row_M < length)",
+        "tl.store(lse2_ptr + row_M, lse2_M, mask=row_M < length + 1)",
+    ),
+    _attention(
+        "forward stops early",
+        "stop = tl.minimum(row + M, length) if CAUSAL else length\n    for column in tl.range("
+        "0, stop, N, num_stages=STAGES, warp",
+        "stop = tl.minimum(row + M // 2, length) if CAUSAL else length\n    for column in tl.range("
+        "0, stop, N, num_stages=STAGES, warp",
+    ),
+    _attention(
+        "forward's value head",
+        "head // group, stride_vt, stride_vh, N, K)\n    out_desc",
+        "head % group, stride_vt, stride_vh, N, K)\n    out_desc",
+    ),
+    _attention(
+        "full: a key beyond the last",
+        "else row_M * 0 + length - 1\n    high_M",
+        "else row_M * 0 + length\n    high_M",
+        "test_is_float64s",
+    ),
+    # -- addresses
+    _attention("a row of the next sequence", "base, [length, K]", "base, [length + 1, K]"),
+    _attention("one row short", "base, [length, K]", "base, [length - 1, K]"),
+    _attention("sequence's start left out", "base = ptr + start * stride_t +", "base = ptr +"),
+    _attention(
+        "sequence's start in 32 bits",
+        "tl.load(tile_ptr + 3 * index).to(tl.int64)",
+        "tl.load(tile_ptr + 3 * index)",
+        "test_sequences_beyond_int32",
+    ),
+    _attention(
+        "head in 32 bits",
+        "head.to(tl.int64) * stride_h",
+        "head * stride_h",
+        "test_heads_beyond_int32",
+    ),
+    _attention(
+        "group's first head in 32 bits",
+        "kv_head.to(tl.int64) * group",
+        "kv_head * group",
+        "test_heads_beyond_int32",
+    ),
+    _attention(
+        "delta's head in 32 bits",
+        "(tl.program_id(0) % heads).to(tl.int64)",
+        "tl.program_id(0) % heads",
+        "test_heads_beyond_int32",
+    ),
+    _attention(
+        "delta's token in 32 bits",
+        "(tl.program_id(0) // heads).to(tl.int64) * ROWS",
+        "tl.program_id(0) // heads * ROWS",
+        "test_sequences_beyond_int32",
+    ),
+    # -- backward
+    _attention("delta zero", "tl.sum(dout_TK * out_TK, 1)", "0.0 * tl.sum(dout_TK * out_TK, 1)"),
+    _attention(
+        "delta of a program's tokens",
+        "// heads).to(tl.int64) * ROWS +",
+        "// heads).to(tl.int64) * 0 +",
+        "test_shipped_tiles",
+    ),
+    _attention(
+        "delta's last token", "mask=token_T < num_tokens)", "mask=token_T < num_tokens - 1)"
+    ),
+    _attention("dquery: no delta", "dout_MK, v_NK.T) - delta_M[:, None])", "dout_MK, v_NK.T))"),
+    _attention("dquery: no scale", "(dq_MK * scale).to", "dq_MK.to"),
+    _attention(
+        "dquery: mask one late",
+        "p_MN = tl.where(tl.arange(0, N)[None, :] <= ",
+        "p_MN = tl.where(tl.arange(0, N)[None, :] <= 1 + ",
+    ),
+    _attention(
+        "dquery: mask one short",
+        "p_MN = tl.where(tl.arange(0, N)[None, :] <= ",
+        "p_MN = tl.where(tl.arange(0, N)[None, :] < ",
+    ),
+    _attention(
+        "dquery: log-sum-exp of another head",
+        "offset_M = head.to(tl.int64) * num_tokens + start + row_M",
+        "offset_M = start + row_M",
+    ),
+    _attention(
+        "dquery stops early",
+        "stop = tl.minimum(row + M, length) if CAUSAL else length\n    for column in tl.range("
+        "0, stop, N, num_stages=STAGES):",
+        "stop = tl.minimum(row + M // 2, length) if CAUSAL else length\n    for column in tl.range("
+        "0, stop, N, num_stages=STAGES):",
+    ),
+    _attention(
+        "dquery: tiles of key rows",
+        "table = tiles(bounds, tile[0], causal, q_THK.device)\n    _launch(\n        _dquery",
+        "table = tiles(bounds, tile[1], causal, q_THK.device)\n    _launch(\n        _dquery",
+    ),
+    _attention("dkey: no delta", "v_NK, dout_MK.T) - delta_M[None, :])", "v_NK, dout_MK.T))"),
+    _attention("dkey: no scale", "(dk_NK * scale).to", "dk_NK.to"),
+    _attention(
+        "dkey: mask one late",
+        "(column_N - row)[:, None] <= tl.arange",
+        "(column_N - row)[:, None] <= 1 + tl.arange",
+    ),
+    _attention(
+        "dkey: mask one short",
+        "(column_N - row)[:, None] <= tl.arange",
+        "(column_N - row)[:, None] < tl.arange",
+    ),
+    _attention("dkey: always causal", "if CAUSAL:\n            p_NM", "if True:\n            p_NM"),
+    _attention(
+        "dkey: first tile of queries",
+        "first = column // M * M if CAUSAL",
+        "first = column // M * M + M if CAUSAL",
+    ),
+    _attention("dkey: last tile of queries", "tl.cdiv(length - first, M)", "(length - first) // M"),
+    _attention("dkey: first member alone", "group * blocks, num", "blocks, num"),
+    _attention("dkey: members not told apart", "member, row = i // blocks,", "member, row = 0,"),
+    _attention("dkey: rows of a member", "first + i % blocks * M", "first + i // group * M"),
+    _attention(
+        "dkey: strides of query exchanged",
+        "[stride_qh, stride_qt, 1]",
+        "[stride_qt, stride_qh, 1]",
+    ),
+    _attention(
+        "dkey: strides of upstream exchanged",
+        "[stride_dh, stride_dt, 1]",
+        "[stride_dt, stride_dh, 1]",
+    ),
+    _attention(
+        "dkey: log-sum-exp of the first group",
+        "lse2_ptr += head * num_tokens + start\n    delta",
+        "lse2_ptr += start\n    delta",
+    ),
+    _attention(
+        "dkey: delta of the first group", "delta_ptr += head * num_tokens", "delta_ptr += 0"
+    ),
+    _attention(
+        "dkey: tiles of query rows", "tiles(bounds, tile[1], False", "tiles(bounds, tile[0], False"
+    ),
+    _attention("dkey: one key head", "len(table) * kv_heads", "len(table)"),
+    # -- tails and tiles
+    _attention("tail of the output", "out_THK[bounds[-1] :] = 0.0", "pass"),
+    _attention("tail of log-sum-exp", "lse2_HT[:, bounds[-1] :] = -torch.inf", "pass"),
+    _attention("tail of dq", "for x in gradients:", "for x in gradients[1:]:"),
+    _attention("tail of dk", "for x in gradients:", "for x in gradients[::2]:"),
+    _attention("tail of dv", "for x in gradients:", "for x in gradients[:2]:"),
+    _attention("tile's start", "(start, stop - start, row)", "(start + 1, stop - start, row)"),
+    _attention("tile's length", "(start, stop - start, row)", "(start, stop - start + 1, row)"),
+    _attention(
+        "rest of a sequence left out",
+        "range(0, stop - start, rows)",
+        "range(0, stop - start - rows + 1, rows)",
+    ),
+    _attention(
+        "an empty tile",
+        "range(0, stop - start, rows)",
+        "range(0, stop - start + 1, rows)",
+        "test_tiles_cover_every_row_once",
+    ),
+    _attention(
+        "light queries first",
+        "-tile[2] if growing",
+        "tile[2] if growing",
+        "test_tiles_cover_every_row_once",
+    ),
+    _attention(
+        "light keys first",
+        "else tile[2] - tile[1]",
+        "else tile[1] - tile[2]",
+        "test_tiles_cover_every_row_once",
+    ),
+    _attention(
+        "tiles of every call",
+        "@lru_cache(maxsize=16)",
+        "@lru_cache(maxsize=0)",
+        "test_tiles_are_built_once_for_a_batch",
+    ),
+    # -- the operation
+    _attention_call(
+        "log-sum-exp to base 2", "lse2_HT / kernels.LOG2_E", "lse2_HT", "test_log_sum_exp"
+    ),
+    _attention_call(
+        "log-sum-exp has a gradient",
+        "    ctx.mark_non_differentiable(lse2_HT)\n",
+        "",
+        "test_log_sum_exp",
+    ),
+    _attention_call(
+        "any alignment",
+        " and x.data_ptr() % 16 == 0",
+        "",
+        "test_layouts_of_the_upstream_gradient",
+        "test_bad_arguments_are_named",
+    ),
+    _refused("any stride of K", "x.stride(2) == 1 and ", ""),
+    _refused("expanded heads", "min(x.stride()) > 0", "min(x.stride()) >= 0"),
+    _refused("falling boundaries", "min(lengths, default=0) < 0", "max(lengths, default=0) < 0"),
+    _refused("boundaries beyond", "bounds[-1] > num_tokens:", "bounds[-1] > num_tokens + 1:"),
+    _refused("longest sequence", "default=0) > max_seqlen:", "default=0) > max_seqlen + 1:"),
+)

@@ -99,7 +99,7 @@ def find_rates(gpu: GPU, results: Path, dollars_per_hour: float = 0.0) -> Rates:
     for result, name in _results(gpu, results):  # oldest first: the newest one stays
         values |= _measured(result, name)
     if dollars_per_hour:
-        values["price"] = Rate(dollars_per_hour, "$ a GPU-hour", "log.dollars_per_hour", True)
+        values["price"] = Rate(dollars_per_hour, "$ a GPU-hour", "log.dollars_per_hour")
     return Rates(**values)
 
 

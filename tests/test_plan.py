@@ -345,7 +345,7 @@ def test_dry_run_prints_the_plan(tracked: dict[str, float]) -> None:
     out = io.StringIO()
     dry_run(recipe, Console(file=out, width=200))
     assert "plan       2 x 8 H100: " in out.getvalue()
-    assert "1.5 $ a GPU-hour, measured: log.dollars_per_hour" in out.getvalue()
+    assert "1.5 $ a GPU-hour, assumed: log.dollars_per_hour" in out.getvalue()
 
 
 def test_the_outlook_is_the_plans_last_line() -> None:

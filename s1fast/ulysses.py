@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from s1fast import exposed
 from s1fast.kernels import packed_attention as kernels
 from s1fast.kernels.packed_attention import Backend, packed_attention
 
@@ -74,7 +75,8 @@ def exchange(message: Tensor, group: Group) -> Tensor:
 @torch.library.custom_op("s1fast::exchange", mutates_args=())
 def _exchange(message: Tensor, group: str) -> Tensor:
     received = torch.empty_like(message)
-    dist.all_to_all_single(received, message, group=_resolve_process_group(group))
+    with exposed.span():
+        dist.all_to_all_single(received, message, group=_resolve_process_group(group))
     return received
 
 

@@ -39,8 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels", "slices"},
     "recompute": {"kernels", "model"},
-    "ulysses": {"kernels"},
-    "parallel": {"errors", "model", "ranks", "ulysses"},
+    "exposed": set(),
+    "ulysses": {"exposed", "kernels"},
+    "parallel": {"errors", "exposed", "model", "ranks", "ulysses"},
     "published": {"model"},
     "rates": {"errors", "files"},
     "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
@@ -56,9 +57,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_cache": {"kernels", "model"},
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
     | {"packing", "parallel", "recompute", "slices", "snapshot", "ulysses"},
-    "trainer": {"balance", "chat", "checkpoint", "config", "errors", "files", "hub", "metrics"}
-    | {"model", "optimizer", "packing", "parallel", "ranks", "rows", "slices", "snapshot"}
-    | {"snapshot_writer", "step"},
+    "gauges": {"exposed", "parallel", "step"},
+    "profile": {"config", "errors", "files", "parallel"},
+    "trainer": {"balance", "chat", "checkpoint", "config", "errors", "exposed", "files", "gauges"}
+    | {"hub", "metrics", "model", "optimizer", "packing", "parallel", "profile", "ranks", "rows"}
+    | {"slices", "snapshot", "snapshot_writer", "step"},
     "decoder": {"budget", "chat", "checkpoint", "errors", "hub", "kernels", "kv_cache", "model"},
     "console": {"decoder"},
     "demo_tasks": {"files"},

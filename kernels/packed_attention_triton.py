@@ -56,7 +56,7 @@ def _rows(ptr, start, length, head, stride_t, stride_h, ROWS: tl.constexpr, K: t
 
 
 @jit
-def _forward_kernel(
+def _attention_forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -114,7 +114,7 @@ def _forward_kernel(
 
 
 @jit
-def _delta_kernel(
+def _attention_delta_kernel(
     dout_ptr,
     out_ptr,
     delta_ptr,
@@ -141,7 +141,7 @@ def _delta_kernel(
 
 
 @jit
-def _dquery_kernel(
+def _attention_dquery_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -197,7 +197,7 @@ def _dquery_kernel(
 
 
 @jit
-def _dkey_kernel(
+def _attention_dkey_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -342,7 +342,7 @@ def forward(
     tile = FORWARD[width]
     table = tiles(bounds, tile[0], causal, q_THK.device)
     _launch(
-        _forward_kernel,
+        _attention_forward_kernel,
         len(table) * heads,
         tile,
         width,
@@ -367,7 +367,7 @@ def delta(dout_THK: Tensor, out_THK: Tensor) -> Tensor:
     num_tokens, heads, width = out_THK.shape
     delta_HT = out_THK.new_empty(heads, num_tokens, dtype=torch.float32)
     rows = 8192 // width
-    _delta_kernel[(triton.cdiv(num_tokens, rows) * heads,)](
+    _attention_delta_kernel[(triton.cdiv(num_tokens, rows) * heads,)](
         dout_THK,
         out_THK,
         delta_HT,
@@ -403,7 +403,7 @@ def backward(
     tile = DQUERY[width]
     table = tiles(bounds, tile[0], causal, q_THK.device)
     _launch(
-        _dquery_kernel,
+        _attention_dquery_kernel,
         len(table) * heads,
         tile,
         width,
@@ -421,7 +421,7 @@ def backward(
     tile = DKEY[width]
     table = tiles(bounds, tile[1], False, q_THK.device)
     _launch(
-        _dkey_kernel,
+        _attention_dkey_kernel,
         len(table) * kv_heads,
         tile,
         width,
@@ -476,13 +476,13 @@ def _cases(name: str, kernel, shipped: dict[int, Tile]):
 
 
 COMPILE_CASES = [
-    *_cases("forward", _forward_kernel, FORWARD),
-    *_cases("dquery", _dquery_kernel, DQUERY),
-    *_cases("dkey", _dkey_kernel, DKEY),
+    *_cases("forward", _attention_forward_kernel, FORWARD),
+    *_cases("dquery", _attention_dquery_kernel, DQUERY),
+    *_cases("dkey", _attention_dkey_kernel, DKEY),
     *(
         _case(
             f"packed_attention/delta/{width}",
-            _delta_kernel,
+            _attention_delta_kernel,
             {"K": width, "ROWS": 8192 // width},
             {"num_warps": 4},
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
@@ -125,6 +126,9 @@ class TrainConfig:
     a GPU in bfloat16 where heads are 64 or 128 wide, else reference."""
     dry_run: bool = False
     """Print what the run would take, its memory, minutes and dollars, and stop."""
+    profile: str = ""
+    """Steps to profile, FIRST:LAST as the log counts them, 10:12 being three. OUTPUT/profile gets a
+    trace, the memory's history on a GPU, and a table of where the time went."""
     compile: bool = False
     """Compile the layers. What they do is our own kernels either way, so it saves launch time at
     most; it needs triton attention, and minutes at the start."""
@@ -159,6 +163,11 @@ def check(config: TrainConfig) -> None:
             o.moments == "float32" or max(o.betas) <= 0.99,
             "bfloat16 needs optim.betas of at most 0.99; take float32",
         ),
+        (
+            "profile",
+            not config.profile or bool(profiled_steps(config)),
+            "must be FIRST:LAST, steps counted from 1, such as 10:12",
+        ),
         ("checkpoint.every", config.checkpoint.every >= 0, "must not be negative"),
         ("checkpoint.keep", config.checkpoint.keep >= 1, "must be at least 1"),
         ("log.every", config.log.every >= 1, "must be at least 1"),
@@ -169,6 +178,12 @@ def check(config: TrainConfig) -> None:
     for name, holds, rule in rules:
         if not holds:
             raise InputError(f"{name}: {rule}, got {_value(config, name)!r}")
+
+
+def profiled_steps(config: TrainConfig) -> range:
+    """Those to profile, counted from 1; empty for none, and where the field says no such thing."""
+    found = re.fullmatch("([1-9][0-9]{0,8}):([1-9][0-9]{0,8})", config.profile)
+    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
 
 def _is_unicode(text: str) -> bool:
@@ -212,6 +227,7 @@ _FREE = {
     "checkpoint.resume",
     "data.preview",
     "dry_run",
+    "profile",
 }
 """Fields that may differ between a run and its resumption: they do not change the mathematics."""
 

@@ -83,16 +83,23 @@ class StepRecord:
     mfu: float
     imbalance: float
     """FLOPs of the slowest group of ranks over the mean, 1 if all work alike."""
+    exposed_s: float | None
+    """Of step_s, what the first rank spent on communication with nothing beside it (exposed.py);
+    None where one process has its weights whole."""
+    peak_bytes: int | None
+    """Most memory that torch had given out, on the fullest device; None on a CPU."""
     eta_s: float
     dollars: float
 
     def line(self, num_steps: int) -> str:
         cost = f"  ${self.dollars:.2f}" if self.dollars else ""
         uneven = f"  imbalance {self.imbalance:.3f}" if self.imbalance > 1 else ""
+        waited = "" if self.exposed_s is None else f"  exposed {self.exposed_s:.2f} s"
+        memory = "" if self.peak_bytes is None else f"  {self.peak_bytes / 1e9:.1f} GB"
         return (
             f"step {self.step}/{num_steps}  loss {self.loss:.4f}  gnorm {self.grad_norm:.3g}  "
             f"lr {self.lr:.2e}  {self.step_s:.2f} s  {self.tokens_per_s:,.0f} tok/s  "
-            f"MFU {self.mfu:.1%}{uneven}  eta {duration(self.eta_s)}{cost}"
+            f"MFU {self.mfu:.1%}{uneven}{waited}{memory}  eta {duration(self.eta_s)}{cost}"
         )
 
 
@@ -138,7 +145,7 @@ class RunLog:
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self._board.add_scalar(f"train/{name}", value, record.step)
         line = record.line(self._num_steps)
         if self._bar is not None:

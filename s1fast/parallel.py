@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from s1fast import exposed
 from s1fast.errors import InputError
 from s1fast.heartbeat import Heartbeat
 from s1fast.model import Model
@@ -74,7 +75,15 @@ class Layout:
     def sum(self, values: Tensor) -> Tensor:
         """Sums a tensor over all ranks, in place; the host does not wait for a GPU."""
         if self.world > 1:
-            dist.all_reduce(values)
+            with exposed.span():
+                dist.all_reduce(values)
+        return values
+
+    def most(self, values: Tensor) -> Tensor:
+        """The largest of all ranks', in place; the host does not wait for a GPU."""
+        if self.world > 1:
+            with exposed.span():
+                dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def smallest(self, value: int) -> int:
@@ -256,11 +265,13 @@ def shard_model(
     order = [first[0] if first else root, *layers, *last]
     for i, unit in enumerate(order):
         unit.set_modules_to_forward_prefetch(order[i + 1 : i + 3])
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule) and layout.world > 1:
+    sharded: list[Any] = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    for unit in sharded:
+        if layout.world > 1:
             # Summed by force: a factor of 1 alone would be a reduction that only NCCL has.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+        exposed.watch(unit)
     separable = hasattr(root, "set_separate_reduce_scatter_group")
     if layout.device.type == "cuda" and layout.world > 1 and separable:
         # torch 2.13: in backward, reduce-scatter and all-gather run side by side.

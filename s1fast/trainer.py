@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,14 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from s1fast import selftest, snapshot
+from s1fast import exposed, selftest, snapshot
 from s1fast.balance import imbalance
 from s1fast.chat import Chat, Example
 from s1fast.checkpoint import check_weights, load_weights, read_config, save_model, save_weights
 from s1fast.config import TrainConfig, check, differences, flat, load_recipe, to_toml
 from s1fast.errors import InputError
 from s1fast.files import make_directory, remove_leftovers, write_atomic
+from s1fast.gauges import Gauges, Measured, Readings
 from s1fast.hub import find
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss
 from s1fast.model import Model, ModelConfig
@@ -39,11 +39,12 @@ from s1fast.parallel import (
     share_streams,
     ulysses_degree,
 )
+from s1fast.profile import Profile, check_steps
 from s1fast.ranks import ALONE, Ranks
 from s1fast.rows import load_examples
 from s1fast.slices import Slice
 from s1fast.snapshot_writer import SnapshotWriter
-from s1fast.step import StepResult, Trainer, attention_backend, data_sha256
+from s1fast.step import Trainer, attention_backend, data_sha256
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -87,6 +88,7 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         else:
             load_weights(run.model, run.source)
     trainer = Trainer(config, run.model, run.examples, layout)
+    check_steps(config, trainer.num_steps)
     with ranks.together():
         if ranks.rank == 0:
             make_directory(config.output)
@@ -243,39 +245,40 @@ def _loop(trainer: Trainer, start: int, console: Console) -> None:
     writer = None
     if c.checkpoint.every:
         writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep, ranks)
-    with log or contextlib.nullcontext(), writer or contextlib.nullcontext():
-        began = launched = time.perf_counter()
-        pending: tuple[int, StepResult, float] | None = None  # step, metrics, when it began
+    device, sharded = trainer.device, trainer.layout.mesh is not None
+    with contextlib.ExitStack() as stack:
+        for context in (log, writer, exposed.collecting(device) if sharded else None):
+            stack.enter_context(context or contextlib.nullcontext())
+        profile = stack.enter_context(Profile(trainer.layout, c, start, console))
+        gauges = Gauges(trainer.layout)
+        pending: tuple[int, Readings] | None = None
 
         def report() -> None:
             """Reads the pending step's metrics: the loop's only wait for the device."""
             if pending is None:
                 return
-            step, result, started = pending
-            ended = launched  # the host runs one step ahead, so launches are a step apart
-            loss, grad_norm = float(result.loss), float(result.grad_norm)
-            if num_bad := int(result.bad_labels):
+            step, measured = pending[0], pending[1].wait()
+            loss, grad_norm = measured.loss, measured.grad_norm
+            if measured.bad_labels:
                 raise InputError(
-                    f"step {step + 1}: {num_bad} labels are outside the model's vocabulary; "
-                    "training stopped, the snapshots are from before; check the tokenizer"
+                    f"step {step + 1}: {measured.bad_labels} labels are outside the model's "
+                    "vocabulary; training stopped, the snapshots are from before; check the "
+                    "tokenizer"
                 )
             if not (np.isfinite(loss) and np.isfinite(grad_norm)):
                 raise InputError(
                     f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped, "
                     "the snapshots are from before; a lower optim.lr may help"
                 )
-            if ended == started:  # nothing was launched after it
-                ended = time.perf_counter()
-            elapsed_s = ended - began
-            timing = (ended - started, elapsed_s / (step + 1 - start), elapsed_s)
             if log:
-                log.write(_record(trainer, step, loss, grad_norm, timing, peak))
+                log.write(_record(trainer, step, measured, start, peak))
 
         for step in range(start, trainer.num_steps):
-            launched = time.perf_counter()
-            result = trainer.step(step)
+            with profile.step(step + 1):
+                gauges.begin()
+                readings = gauges.end(trainer.step(step))
             report()
-            pending = (step, result, launched)
+            pending = (step, readings)
             done = step + 1
             if writer and (done % c.checkpoint.every == 0 or done == trainer.num_steps):
                 report()  # a snapshot of a diverged run is never written
@@ -284,24 +287,16 @@ def _loop(trainer: Trainer, start: int, console: Console) -> None:
         report()
 
 
-def _record(
-    trainer: Trainer,
-    step: int,
-    loss: float,
-    grad_norm: float,
-    timing: tuple[float, float, float],
-    peak: float,
-) -> StepRecord:
-    step_s, mean_s, elapsed_s = timing
+def _record(trainer: Trainer, step: int, measured: Measured, start: int, peak: float) -> StepRecord:
     plan, world = trainer.plan(step), trainer.layout.world
-    num_tokens = sum(plan.seqlens)
+    num_tokens, step_s, elapsed_s = sum(plan.seqlens), measured.step_s, measured.elapsed_s
     tflops = sum(plan.costs) / step_s / world / 1e12
     price = trainer.config.log.dollars_per_hour * world
     return StepRecord(
         step=step + 1,
         epoch=(step + 1) / trainer.steps_per_epoch,
-        loss=loss,
-        grad_norm=grad_norm,
+        loss=measured.loss,
+        grad_norm=measured.grad_norm,
         lr=learning_rate(step, trainer.num_steps, trainer.config.optim),
         tokens=num_tokens,
         labels=plan.num_labels,
@@ -310,7 +305,9 @@ def _record(
         tflops=tflops,
         mfu=tflops / peak,
         imbalance=imbalance(plan.passes, plan.costs),
-        eta_s=mean_s * (trainer.num_steps - step - 1),
+        exposed_s=measured.exposed_s,
+        peak_bytes=measured.peak_bytes,
+        eta_s=elapsed_s / (step + 1 - start) * (trainer.num_steps - step - 1),
         dollars=price * elapsed_s / 3600,
     )
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from s1fast import exposed
 from s1fast.kernels import packed_attention as kernels
 from s1fast.kernels.packed_attention import Backend, packed_attention
 
@@ -75,7 +76,8 @@ def exchange(message: Tensor, group: Group) -> Tensor:
 def _exchange(message: Tensor, group: str) -> Tensor:
     received = torch.empty_like(message)
     ranks = _resolve_process_group(group)  # type: ignore[arg-type]  # GroupName is a str
-    dist.all_to_all_single(received, message, group=ranks)
+    with exposed.span():
+        dist.all_to_all_single(received, message, group=ranks)
     return received
 
 

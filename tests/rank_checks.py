@@ -7,6 +7,7 @@ error, "" where it holds. test_parallel.py starts this once and reports every ch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -19,9 +20,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():  # as conftest.py does, before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
@@ -29,10 +33,12 @@ if not torch.cuda.is_available():  # as conftest.py does, before anything import
 
     interpreter.install()
 
+from s1fast import exposed
 from s1fast.chat import Example
 from s1fast.checkpoint import load_model, save_model
 from s1fast.config import DataConfig, OptimConfig, TrainConfig
 from s1fast.errors import InputError
+from s1fast.gauges import Gauges
 from s1fast.model import Model, ModelConfig
 from s1fast.optimizer import local
 from s1fast.packing import part_tokens
@@ -398,6 +404,7 @@ def output_is_kept_once(world: Layout) -> None:
     assert sum(kept.values()) == out.nbytes + 3 * 32 * 64 * 2 + 32 * 4 + 2 * 4
 
 
+<<<<<<< HEAD
 @check(2, table=SLOW)
 def compiled(world: Layout) -> None:
     """Layers compiled beneath FSDP's hooks, around exchanged heads: the same bits, and no graph is
@@ -414,6 +421,85 @@ def compiled(world: Layout) -> None:
         torch._dynamo.config.error_on_recompile = False
     assert len(results[0]) == 3 and results[0] == results[1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+=======
+class SpansKept(TorchDispatchMode):
+    """Collectives only where a span is open, products only where none is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.collectives = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            assert exposed._spans.open is None, f"{name} within a span"
+            self.products += 1
+        return func(*args, **(kwargs or {}))
+
+    def collective(self, function):
+        def call(*arguments, **options):
+            assert exposed._spans.open is not None, f"{function.__name__} outside of spans"
+            self.collectives += 1
+            return function(*arguments, **options)
+
+        return call
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "feed_forward", "feed_forward_backward", "norm_qkv_backward")
+
+
+@check(2)
+def spans_hold_all_communication(world: Layout) -> None:
+    """And no compute, whatever is tied, recomputed or accumulated; what is gathered ahead too."""
+    names = ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    names += ("all_gather_single", "reduce_scatter_single")  # FSDP's names for them, torch 2.13
+    layout = share_streams(world, 2)
+    for config, changes in (
+        (UNTIED, {}),
+        (UNTIED, {"recompute": "full"}),
+        (TIED, {"microbatch_tokens": 60}),
+    ):
+        trainer = make(config, recipe(**changes), examples(LENGTHS), layout)
+        mode = SpansKept()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(exposed.collecting(CPU))
+            stack.enter_context(mode)
+            for name in set(names) & set(dir(dist)):
+                wrapped = mode.collective(getattr(dist, name))
+                stack.enter_context(patch.object(dist, name, wrapped))
+            gauges = Gauges(layout)
+            gauges.begin()
+            measured = gauges.end(trainer.step(0)).wait()
+            assert exposed._spans.open is None and exposed.take() == []
+        # A layer is gathered twice and reduced, and deals its heads four times.
+        assert mode.collectives >= 7 * config.num_hidden_layers, mode.collectives
+        assert mode.products >= 3 * config.num_hidden_layers, mode.products
+        assert measured.exposed_s is not None and measured.peak_bytes is None
+        assert 0 < measured.exposed_s < measured.step_s
+
+
+@check(2)
+def waiting_for_a_slow_rank_is_exposed(world: Layout) -> None:
+    """Rank 1 sleeps in each layer's forward: rank 0 waits as long, rank 1 does not."""
+    nap_s, trainer = 0.05, make(UNTIED, recipe(), examples(LENGTHS), world)
+    trainer.step(0)
+    if world.rank:
+        for layer in trainer.model.layers:
+            layer.register_forward_hook(lambda *_: time.sleep(nap_s))
+    with exposed.collecting(CPU):
+        gauges = Gauges(world)
+        gauges.begin()
+        measured = gauges.end(trainer.step(0)).wait()
+    naps_s = nap_s * len(trainer.model.layers)
+    assert measured.exposed_s is not None and measured.step_s > naps_s
+    theirs = [float(x) for x in world.ranks.exchange(str(measured.exposed_s))]
+    assert theirs[0] > theirs[1] + 0.5 * naps_s, theirs
+
+
+@check(2, 4)
+def most(world: Layout) -> None:
+    assert float(world.most(torch.tensor(float(world.rank)))) == world.world - 1
+>>>>>>> ea269a9c5224227898a6b99cfd7c307f9d4c6910
 
 
 @check(2, 4)

@@ -40,8 +40,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "kernels", "slices"},
     "recompute": {"kernels", "model"},
     "heartbeat": set(),
-    "ulysses": {"kernels"},
-    "parallel": {"errors", "heartbeat", "model", "ranks", "ulysses"},
+    "exposed": set(),
+    "ulysses": {"exposed", "kernels"},
+    "parallel": {"errors", "exposed", "heartbeat", "model", "ranks", "ulysses"},
     "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
     "published": {"model"},
     "rates": {"errors", "files"},
@@ -58,10 +59,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kv_cache": {"kernels", "model"},
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
     | {"packing", "parallel", "recompute", "slices", "snapshot", "ulysses"},
-    "trainer": {"balance", "chat", "checkpoint", "config", "errors", "files", "hub", "metrics"}
-    | {"model", "optimizer", "packing", "parallel", "ranks", "rows", "selftest", "slices"}
-    | {"snapshot"}
-    | {"snapshot_writer", "step"},
+    "gauges": {"exposed", "parallel", "step"},
+    "profile": {"config", "errors", "files", "parallel"},
+    "trainer": {"balance", "chat", "checkpoint", "config", "errors", "exposed", "files", "gauges"}
+    | {"hub", "metrics", "model", "optimizer", "packing", "parallel", "profile", "ranks", "rows"}
+    | {"selftest", "slices", "snapshot", "snapshot_writer", "step"},
     "decoder": {"budget", "chat", "checkpoint", "errors", "hub", "kernels", "kv_cache", "model"},
     "console": {"decoder"},
     "demo_tasks": {"files"},
@@ -73,11 +75,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "demo_tasks",
         "errors",
         "metrics",
+        "plan",
         "trainer",
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
     "bench": {"balance", "bench", "chat", "decoder", "errors", "files", "kernels", "metrics"}
-    | {"model", "packing", "published", "step"},
+    | {"config", "model", "packing", "parallel", "plan", "planner", "published", "rates", "step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"plan", "recipes", "trainer"},
     "__main__": {"cli"},

@@ -160,7 +160,8 @@ def test_s1s_learning_rate() -> None:
 
 
 def record(step: int, **values: Any) -> StepRecord:
-    zeros = {field.name: 0 for field in fields(StepRecord)}
+    zeros: dict[str, Any] = {field.name: 0 for field in fields(StepRecord)}
+    zeros |= {"exposed_s": None, "peak_bytes": None}  # as on one CPU
     return StepRecord(**{**zeros, "step": step, "loss": 1 / step, **values})
 
 
@@ -194,6 +195,11 @@ def test_a_line_for_people(tmp_path: Path) -> None:
         "eta 3m07s  $0.50"
     )
     assert "$" not in record(1).line(10)
+
+
+def test_a_line_of_many_gpus() -> None:
+    line = record(1, imbalance=1.0071, exposed_s=0.1249, peak_bytes=63_249_000_000).line(10)
+    assert "MFU 0.0%  imbalance 1.007  exposed 0.12 s  63.2 GB  eta" in line
 
 
 def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
@@ -304,6 +310,7 @@ def test_metrics_of_a_run(run: Path, config: TrainConfig) -> None:
         flops = train_flops(read_config(source), seqlens, line["labels"])
         assert line["tflops"] == pytest.approx(flops / line["step_s"] / 1e12)
         assert 0 < line["mfu"] < 1
+        assert line["exposed_s"] is None and line["peak_bytes"] is None  # one CPU: nothing to tell
     peaks = [line["tflops"] / line["mfu"] for line in lines]
     assert peaks == pytest.approx([peaks[0]] * 6)
     assert lines[-1]["eta_s"] == 0 and lines[0]["eta_s"] > 0
@@ -318,7 +325,8 @@ def test_tensorboard_has_the_same_numbers(run: Path) -> None:
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     lines = list(records(run / "metrics.jsonl"))
-    names = [field.name for field in fields(StepRecord) if field.name != "step"]
+    absent = ("step", "exposed_s", "peak_bytes")  # None on one CPU
+    names = [field.name for field in fields(StepRecord) if field.name not in absent]
     assert sorted(board.Tags()["scalars"]) == sorted(f"train/{name}" for name in names)
     for name in names:
         events = board.Scalars(f"train/{name}")

@@ -140,18 +140,15 @@ def join(device: torch.device) -> Layout:
     # gloo beside NCCL carries what the host has to say
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store = _store()
-        life = word_of_life(store, rank, world)
-        groups = dist.PrefixStore(f"groups of {life}", store)
-        dist.init_process_group(
-            backend, store=groups, rank=rank, world_size=world, timeout=TIMEOUT, **bound
-        )
+        store = _connection()
+        part = own_part(store, rank, world)
+        found: dict[str, Any] = {"store": dist.PrefixStore(part, store), "timeout": TIMEOUT}
+        dist.init_process_group(backend, rank=rank, world_size=world, **found, **bound)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
     if world > 1:
-        beats = dist.PrefixStore(f"beats of {life}", _store())
-        _heartbeats.append(Heartbeat(beats, rank, world))
+        _heartbeats.append(Heartbeat(dist.PrefixStore(part, _connection()), rank, world))
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
     return Layout(device, process_group(), mesh=mesh)
 
@@ -160,20 +157,23 @@ _heartbeats: list[Heartbeat] = []
 """Of this process, at most one: it belongs to the process as torch's default group does."""
 
 
-def _store() -> dist.Store:
-    """A new connection to where the ranks find each other: torchrun's store, or one of our own."""
+def _connection() -> dist.Store:
+    """To where the ranks find each other: torchrun's store, or one of this process's own."""
     if not launched():
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     return store
 
 
-def word_of_life(store: dist.Store, rank: int, world: int) -> str:
-    """A word that the ranks of this life alone have in common; all ranks call it.
+def own_part(store: dist.Store, rank: int, world: int) -> str:
+    """Name of a part of a store that is this life's alone; all ranks call it.
 
     torchrun may start all anew on the same store, where the dead ones' addresses still stand, and
     its count of restarts is not the same on all nodes. So every other rank asks by a word of its
     own, and rank 0 answers whatever it finds asked, until all have found their answer.
+
+    Raises:
+        RuntimeError: some did not come within TIMEOUT.
     """
     word = secrets.token_hex(8)
     if rank > 0:
@@ -181,13 +181,16 @@ def word_of_life(store: dist.Store, rank: int, world: int) -> str:
         word = store.get(f"answer/{word}").decode()
         store.set(f"found/{word}/{rank}", "")
         return word
-    waiting = set(range(1, world))
+    waiting, give_up = set(range(1, world)), time.monotonic() + TIMEOUT.total_seconds()
     while waiting:
         for other in list(waiting):
             if store.check([f"asked/{other}"]):  # perhaps by one that is dead
                 store.set("answer/" + store.get(f"asked/{other}").decode(), word)
             if store.check([f"found/{word}/{other}"]):
                 waiting.remove(other)
+        if time.monotonic() > give_up:
+            late = ", ".join(map(str, sorted(waiting)))
+            raise RuntimeError(f"rank {late} did not come within {TIMEOUT}")
         time.sleep(0.01)
     return word
 

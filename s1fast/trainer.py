@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from s1fast import snapshot
+from s1fast import selftest, snapshot
 from s1fast.balance import imbalance
 from s1fast.chat import Chat, Example
 from s1fast.checkpoint import check_weights, load_weights, read_config, save_model, save_weights
@@ -78,6 +78,7 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         return run.source
     heads = (run.model.config.num_attention_heads, run.model.config.num_key_value_heads)
     layout = share_streams(layout, ulysses_degree(gpus_per_node(layout), *heads))
+    _self_test(layout, console)
     shard_model(run.model, layout, config.reduce_dtype)
     with ranks.together():
         run.model.materialise(layout.device, torch.float32)
@@ -105,6 +106,16 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
     facts = f"model  {target}\nplot   {config.output / 'loss.png'}"
     console.print(facts, highlight=False, markup=False, soft_wrap=True)
     return target
+
+
+def _self_test(layout: Layout, console: Console) -> None:
+    readings = selftest.run(layout)
+    console.print(selftest.line(readings), highlight=False, soft_wrap=True)
+    if layout.device.type == "cuda":
+        name = torch.cuda.get_device_name(layout.device)
+        nodes = layout.world // gpus_per_node(layout)
+        for warning in selftest.warnings(readings, name, nodes):
+            console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

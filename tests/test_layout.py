@@ -42,9 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heartbeat": set(),
     "ulysses": {"kernels"},
     "parallel": {"errors", "heartbeat", "model", "ranks", "ulysses"},
+    "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
     "published": {"model"},
     "rates": {"errors", "files"},
-    "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
+    "selftest": {"parallel", "rates"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
@@ -58,7 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
     | {"packing", "parallel", "recompute", "slices", "snapshot", "ulysses"},
     "trainer": {"balance", "chat", "checkpoint", "config", "errors", "files", "hub", "metrics"}
-    | {"model", "optimizer", "packing", "parallel", "ranks", "rows", "slices", "snapshot"}
+    | {"model", "optimizer", "packing", "parallel", "ranks", "rows", "selftest", "slices"}
+    | {"snapshot"}
     | {"snapshot_writer", "step"},
     "decoder": {"budget", "chat", "checkpoint", "errors", "hub", "kernels", "kv_cache", "model"},
     "console": {"decoder"},
@@ -75,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
     "bench": {"balance", "bench", "chat", "decoder", "errors", "files", "kernels", "metrics"}
-    | {"model", "packing", "step"},
+    | {"model", "packing", "published", "step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"plan", "recipes", "trainer"},
     "__main__": {"cli"},

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from rank_threads import all_ranks, on_ranks
 from s1fast.errors import InputError
-from s1fast.parallel import word_of_life
+from s1fast.parallel import own_part
 from s1fast.ranks import ALONE, Ranks, process_group
 
 
@@ -91,7 +91,7 @@ def test_every_life_has_its_own_part_of_a_store() -> None:
         def meet(ranks: Ranks, life: int = life) -> str:
             if ranks.rank == life % 3:
                 time.sleep(0.1)
-            part = dist.PrefixStore(word_of_life(store, ranks.rank, ranks.world), store)
+            part = dist.PrefixStore(own_part(store, ranks.rank, ranks.world), store)
             part.set(f"address/{ranks.rank}", f"{life}")
             return ",".join(part.get(f"address/{rank}").decode() for rank in range(3))
 

@@ -344,7 +344,7 @@ def output_is_kept_once(world: Layout) -> None:
 
 
 class SpansKept(TorchDispatchMode):
-    """Collectives only where a span is open, products only where none is."""
+    """Collectives only where a span is open, compute only where none is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,6 +367,7 @@ class SpansKept(TorchDispatchMode):
 
 
 PRODUCTS = ("mm", "addmm", "bmm", "feed_forward", "feed_forward_backward", "norm_qkv_backward")
+PRODUCTS += ("embedding", "embedding_dense_backward", "linear_cross_entropy")
 
 
 @check(2)

@@ -19,25 +19,11 @@ from s1fast.balance import balanced_split, imbalance
 from s1fast.bench.environment import save
 from s1fast.bench.packed_attention import BIN_WIDTH, BINS, SHORTEST
 from s1fast.metrics import train_flops
-from s1fast.model import ModelConfig
+from s1fast.published import model_config
 
 BATCH = 16
-QWEN_32B = ModelConfig(
-    model_type="qwen2",
-    vocab_size=152064,
-    hidden_size=5120,
-    intermediate_size=27648,
-    num_hidden_layers=64,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=32768,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
-    tie_word_embeddings=False,
-    attention_bias=True,
-)
+QWEN_32B = model_config("Qwen/Qwen2.5-32B-Instruct")
+assert QWEN_32B is not None
 
 Split = Callable[[list[float]], list[list[int]]]
 

@@ -125,8 +125,8 @@ def plain(problem: Problem, *, compiled: bool = False) -> Forward:
     hidden_TD, cos_TR, sin_TR, bounds, longest, layer = problem.arguments
     c = layer.config
 
-    def attend(*qkv: Tensor) -> Tensor:
-        return packed_attention(*qkv, bounds, longest)
+    def attend(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
+        return packed_attention(q_THK, k_TNK, v_TNK, bounds, longest)
 
     run = plain_layer
     if compiled:
@@ -151,7 +151,7 @@ def reference(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     heads = (c.num_attention_heads, c.num_key_value_heads)
     tables = cos_TR.double(), sin_TR.double()
     out_TD = plain_layer(leaves["hidden"], *tables, leaves, heads, attend)
-    assert problem.upstream is not None
+    assert isinstance(problem.upstream, Tensor)
     found = torch.autograd.grad(out_TD, list(leaves.values()), problem.upstream.double())
     return out_TD.detach(), dict(zip(leaves, found, strict=True))
 
@@ -163,11 +163,14 @@ class _ExactAttention(torch.autograd.Function):
     def forward(ctx, q_THK, k_TNK, v_TNK, bounds, longest):
         ctx.save_for_backward(q_THK, k_TNK, v_TNK)
         ctx.boundaries = (bounds, longest)
-        return _exact(q_THK, k_TNK, v_TNK, bounds, longest, torch.zeros_like(q_THK))[0].double()
+        out_THK, _ = _exact(q_THK, k_TNK, v_TNK, bounds, longest, torch.zeros_like(q_THK))
+        return out_THK.double()
 
     @staticmethod
     def backward(ctx, dout_THK):
-        _, gradients = _exact(*ctx.saved_tensors, *ctx.boundaries, dout_THK)
+        q_THK, k_TNK, v_TNK = ctx.saved_tensors
+        bounds, longest = ctx.boundaries
+        _, gradients = _exact(q_THK, k_TNK, v_TNK, bounds, longest, dout_THK)
         return *(gradients[name].double() for name in "qkv"), None, None
 
 
@@ -175,7 +178,9 @@ def _exact(
     q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, bounds: Tensor, longest: int, dout_THK: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     arguments = (q_THK, k_TNK, v_TNK, bounds, longest)
-    return attention.reference(Problem(arguments, {}, dout_THK, 0, 0, 0))
+    out_THK, gradients = attention.reference(Problem(arguments, {}, dout_THK, 0, 0, 0))
+    assert isinstance(out_THK, Tensor)
+    return out_THK, gradients
 
 
 OP = Op(

@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from s1fast import published
 from s1fast.bench.op import Forward, MissingError, Op, Output, Problem, Provider
 from s1fast.errors import InputError
 from s1fast.kernels.packed_attention import packed_attention
 
-SHORTEST = 356.0
-BIN_WIDTH = 517.64
-BINS = (14, 42, 23, 20, 16, 34, 72, 136, 159, 197, 167, 53, 49, 14, 4)
-"""Histogram of s1K's trace lengths in tokens of Qwen2.5-32B-Instruct, from SHORTEST on: the bars of
-visuals/s11/traces.pdf in simplescaling/s1 (Apache-2.0)."""
+BINS = published.TRACES["simplescaling/s1K"]
+SHORTEST, BIN_WIDTH = published.FIRST_BIN, published.BIN_WIDTH
 MEAN = SHORTEST + BIN_WIDTH * sum((i + 0.5) * n for i, n in enumerate(BINS)) / sum(BINS)
 
 CHUNK_ELEMENTS = 1 << 26

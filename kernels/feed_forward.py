@@ -100,6 +100,7 @@ def _backward_op(
     dhidden_TD, dnorm_D, y_TD = rms_norm.backward(
         dboth_TF2 @ gate_up, hidden_TD, rstd_T, norm_D, dout_TD, want_y=True
     )
+    assert y_TD is not None
     dgate_up_FD = (dboth_TF2.T @ y_TD).to(gate_up_FD.dtype)
     return dhidden_TD, dnorm_D.to(norm_D.dtype), dgate_up_FD, ddown_DF
 

@@ -127,6 +127,7 @@ def _backward_op(
     dhidden_TD, dnorm_D, y_TD = rms_norm.backward(
         dy_TD, hidden_TD, rstd_T, norm_D, dresidual_TD, want_y=True
     )
+    assert y_TD is not None
     dweight_QD = (dqkv_TQ.T @ y_TD).to(weight_QD.dtype)
     return dhidden_TD, dnorm_D.to(norm_D.dtype), dweight_QD, dqkv_TQ.sum(0)
 

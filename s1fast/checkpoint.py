@@ -203,11 +203,18 @@ Read = Callable[[str, Slice], None]
 def save_model(
     model: Model, source: Path, target: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """save_weights of a model that this one process holds."""
-    parameters = dict(model.named_parameters())
+    """save_weights of a model that this one process holds, by FSDP of one rank too.
+
+    Raises:
+        ValueError: it holds some rows only.
+    """
+    held = {name: slice_of(parameter) for name, parameter in model.named_parameters()}
+    for name, rows in held.items():
+        if len(rows.tensor) != rows.shape[0]:
+            raise ValueError(f"{name}: this rank has {len(rows.tensor)} rows of {rows.shape}")
 
     def read(name: str, part: Slice) -> None:
-        whole = parameters[name].detach()
+        whole = held[name].tensor
         part.fill(0, len(whole), lambda start, stop: whole[start:stop])
 
     save_weights(model.config, read, source, target, dtype, shard_bytes=shard_bytes)

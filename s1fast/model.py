@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -325,6 +326,7 @@ class Head(nn.Module):
     ) -> Tensor:
         """The loss, weighted; tied_VD is the embedding where `weight` is None."""
         weight_VD = self.weight if tied_VD is None else tied_VD
+        assert weight_VD is not None
         normed_TD = rms_norm(hidden_TD, self.norm, self.eps)
         return linear_cross_entropy(
             normed_TD, weight_VD, label_T, loss_weight_T, valid_rows, bad_labels=bad_labels
@@ -374,7 +376,7 @@ class Model(nn.Module):
             for name, weight in self.named_parameters():
                 if weight.ndim == 2:
                     drawn = torch.randn(weight.shape, generator=generator) * std
-                    slice_of(weight).fill(0, len(drawn), lambda a, b, drawn=drawn: drawn[a:b])
+                    slice_of(weight).fill(0, len(drawn), partial(_rows, drawn))
                 else:
                     weight.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
@@ -436,6 +438,10 @@ class Model(nn.Module):
         """Weighted cross-entropy; arguments as linear_cross_entropy takes them."""
         tied_VD = self.embed.weight if self.head.weight is None else None
         return self.head(hidden_TD, tied_VD, label_T, loss_weight_T, valid_rows, bad_labels)
+
+
+def _rows(x: Tensor, start: int, stop: int) -> Tensor:
+    return x[start:stop]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ class AdamW:
         self,
         named_parameters: Iterable[tuple[str, Tensor]],
         config: OptimConfig,
-        all_reduce: Callable[[Tensor], None] | None = None,
+        all_reduce: Callable[[Tensor], object] | None = None,
     ) -> None:
         """Args:
             named_parameters: fp32; a DTensor is updated by its local part.

@@ -13,6 +13,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import secrets
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -25,13 +27,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from s1fast import exposed
 from s1fast.errors import InputError
+from s1fast.heartbeat import Heartbeat
 from s1fast.model import Model
 from s1fast.ranks import ALONE, Ranks, process_group
 from s1fast.ulysses import Group
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for the last rank. Longer than a rank may take to load or to save;
-one that died is noticed sooner, by torchrun, by its closed connections or by its group."""
+"""How long a collective waits for the last rank: longer than one may take to load or to save. One
+that died is noticed sooner, by torchrun or by its heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -146,24 +149,59 @@ def join(device: torch.device) -> Layout:
     # gloo beside NCCL carries what the host has to say
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store = _store()
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, **bound
-        )
+        store = _connection()
+        part = own_part(store, rank, world)
+        found: dict[str, Any] = {"store": dist.PrefixStore(part, store), "timeout": TIMEOUT}
+        dist.init_process_group(backend, rank=rank, world_size=world, **found, **bound)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"rank {rank} of {world} cannot meet the others: {reason}") from None
+    if world > 1:
+        _heartbeats.append(Heartbeat(dist.PrefixStore(part, _connection()), rank, world))
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("world",))
     return Layout(device, process_group(), mesh=mesh)
 
 
-def _store() -> dist.Store:
-    """Where the ranks find each other: torchrun's, or one of this process's own."""
+_heartbeats: list[Heartbeat] = []
+"""Of this process, at most one: it belongs to the process as torch's default group does."""
+
+
+def _connection() -> dist.Store:
+    """To where the ranks find each other: torchrun's store, or one of this process's own."""
     if not launched():
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # torchrun may start all anew on the same store, where the dead ones' addresses still stand.
-    return dist.PrefixStore("life " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return store
+
+
+def own_part(store: dist.Store, rank: int, world: int) -> str:
+    """Name of a part of a store that is this life's alone; all ranks call it.
+
+    torchrun may start all anew on the same store, where the dead ones' addresses still stand, and
+    its count of restarts is not the same on all nodes. So every other rank asks by a word of its
+    own, and rank 0 answers whatever it finds asked, until all have found their answer.
+
+    Raises:
+        RuntimeError: some did not come within TIMEOUT.
+    """
+    word = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"asked/{rank}", word)
+        word = store.get(f"answer/{word}").decode()
+        store.set(f"found/{word}/{rank}", "")
+        return word
+    waiting, give_up = set(range(1, world)), time.monotonic() + TIMEOUT.total_seconds()
+    while waiting:
+        for other in list(waiting):
+            if store.check([f"asked/{other}"]):  # perhaps by one that is dead
+                store.set("answer/" + store.get(f"asked/{other}").decode(), word)
+            if store.check([f"found/{word}/{other}"]):
+                waiting.remove(other)
+        if time.monotonic() > give_up:
+            late = ", ".join(map(str, sorted(waiting)))
+            raise RuntimeError(f"rank {late} did not come within {TIMEOUT}")
+        time.sleep(0.01)
+    return word
 
 
 def share_streams(layout: Layout, degree: int) -> Layout:
@@ -182,8 +220,10 @@ def share_streams(layout: Layout, degree: int) -> Layout:
 
 
 def leave() -> None:
-    """Ends what join began."""
+    """Ends what join began; all ranks call it, soon after each other."""
     if dist.is_initialized():
+        if _heartbeats:
+            _heartbeats.pop().stop()
         gc.collect()  # before the groups that tensors and modules still refer to
         dist.destroy_process_group()
 
@@ -208,7 +248,8 @@ def shard_model(
         cast_forward_inputs=False,
     )
     layers: list[Any] = list(model.layers)
-    first, last = [], []
+    first: list[Any] = []
+    last: list[Any] = []
     if model.head.weight is not None:
         first, last = [model.embed], [model.head]
     # Backward begins with the head, so it stays; the embedding's backward needs no weight.
@@ -231,6 +272,7 @@ def shard_model(
             unit.set_force_sum_reduction_for_comms(True)
         if isinstance(unit, FSDPModule):
             exposed.watch(unit)
-    if layout.device.type == "cuda" and hasattr(root, "set_separate_reduce_scatter_group"):
+    separable = hasattr(root, "set_separate_reduce_scatter_group")
+    if layout.device.type == "cuda" and layout.world > 1 and separable:
         # torch 2.13: in backward, reduce-scatter and all-gather run side by side.
         root.set_separate_reduce_scatter_group()

@@ -25,7 +25,7 @@ from s1fast.rates import DEVICE_BYTES, GPU, find_rates
 from s1fast.recompute import layer_memory, reserve_bytes
 
 RESULTS = Path(__file__).resolve().parent / "bench" / "results"
-OTHER_MACHINES = tuple(Machine(gpu, nodes) for gpu in ("H100", "H200") for nodes in (1, 2, 4))  # type: ignore[arg-type]
+OTHER_MACHINES = tuple(Machine(gpu, nodes) for gpu in ("H100", "H200") for nodes in (1, 2, 4))
 PROMPT_TOKENS = 150
 """Tokens of a sequence without label, where only its length is known: template and question."""
 

@@ -81,13 +81,18 @@ DEVICE_BYTES: dict[str, float] = {"H100": 79.1 * 2**30, "H200": 139.8 * 2**30}
 """What torch may take of 80 GB and 141 GB boards, the CUDA context apart."""
 
 
+def assumed_rates(gpu: GPU) -> Rates:
+    """As published or guessed, nothing measured."""
+    return Rates(**_COMMON, memory=_MEMORY[gpu])
+
+
 def find_rates(gpu: GPU, results: Path, dollars_per_hour: float = 0.0) -> Rates:
     """Assumed rates, replaced by what the newest result of that GPU in the folder measured.
 
     Raises:
         InputError: a result file that is damaged.
     """
-    values = dict(_COMMON) | {"memory": _MEMORY[gpu]}
+    values = vars(assumed_rates(gpu)).copy()
     for result, name in _results(gpu, results):  # oldest first: the newest one stays
         values |= _measured(result, name)
     if dollars_per_hour:

@@ -28,6 +28,7 @@ from s1fast.metrics import train_flops
 from s1fast.model import Model, Recompute
 from s1fast.optimizer import AdamW, learning_rates
 from s1fast.packing import (
+    ALIGNMENT,
     PackedBatch,
     cut,
     label_counts,
@@ -140,13 +141,17 @@ class Trainer:
                 f"compile: attention {self.attention!r} cannot be compiled with the layer; choose "
                 "'triton', or leave compile away"
             )
+        layout = self.layout
         self.model.compile_layers()
-        token = Example(ids=(0, 0), labelled=(False, True), where="warm-up")
-        stream = pack([token, token], [0.0, 0.0])
-        stream = cut(stream, self.layout.part, self.layout.ulysses).to(self.device)
-        for what in get_args(Recompute):
-            policy = [what] * len(self.model.layers)
-            stream_loss(self.model, stream, None, self.attention, policy, self.layout).backward()
+        # Two lengths: FSDP's hooks hand on a hidden_TD of their own, without the mark that its
+        # length varies, which the compiler then learns from the second.
+        for num_tokens in (ALIGNMENT * layout.ulysses, 2 * ALIGNMENT * layout.ulysses):
+            row = Example((0,) * num_tokens, (False,) + (True,) * (num_tokens - 1), "warm-up")
+            stream = pack([row, row], [0.0, 0.0])
+            part = cut(stream, layout.part, layout.ulysses).to(self.device)
+            for what in get_args(Recompute):
+                policy = [what] * len(self.model.layers)
+                stream_loss(self.model, part, None, self.attention, policy, layout).backward()
         self.optimizer.zero_grad()
 
     # -- resumable state --------------------------------------------------------------------

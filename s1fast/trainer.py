@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from s1fast import exposed, snapshot
+from s1fast import exposed, selftest, snapshot
 from s1fast.balance import imbalance
 from s1fast.chat import Chat, Example
 from s1fast.checkpoint import check_weights, load_weights, read_config, save_model, save_weights
@@ -79,6 +79,7 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         return run.source
     heads = (run.model.config.num_attention_heads, run.model.config.num_key_value_heads)
     layout = share_streams(layout, ulysses_degree(gpus_per_node(layout), *heads))
+    _self_test(layout, console)
     shard_model(run.model, layout, config.reduce_dtype)
     with ranks.together():
         run.model.materialise(layout.device, torch.float32)
@@ -101,11 +102,22 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         _loop(trainer, start, console)
     target = config.output / "hf"
     _save_trained(trainer, run.source, target)
-    if ranks.rank == 0:
-        plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
+    with ranks.together():
+        if ranks.rank == 0:
+            plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
     facts = f"model  {target}\nplot   {config.output / 'loss.png'}"
     console.print(facts, highlight=False, markup=False, soft_wrap=True)
     return target
+
+
+def _self_test(layout: Layout, console: Console) -> None:
+    readings = selftest.run(layout)
+    console.print(selftest.line(readings), highlight=False, soft_wrap=True)
+    if layout.device.type == "cuda":
+        name = torch.cuda.get_device_name(layout.device)
+        nodes = layout.world // gpus_per_node(layout)
+        for warning in selftest.warnings(readings, name, nodes):
+            console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -213,22 +225,23 @@ def _save_snapshot(
 def _loop(trainer: Trainer, start: int, console: Console) -> None:
     c, ranks = trainer.config, trainer.layout.ranks
     log, peak = None, 0.0
-    if ranks.rank == 0:
-        peak, source = peak_tflops(trainer.device, trainer.model.compute_dtype)
-        console.print(
-            "MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices / "
-            f"{peak:.3g} TFLOP/s ({source})",
-            highlight=False,
-            soft_wrap=True,
-        )
-        log = RunLog(
-            c.output,
-            console,
-            num_steps=trainer.num_steps,
-            start=start,
-            every=c.log.every,
-            board=c.log.tensorboard,
-        )
+    with ranks.together():
+        if ranks.rank == 0:
+            peak, source = peak_tflops(trainer.device, trainer.model.compute_dtype)
+            console.print(
+                "MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices / "
+                f"{peak:.3g} TFLOP/s ({source})",
+                highlight=False,
+                soft_wrap=True,
+            )
+            log = RunLog(
+                c.output,
+                console,
+                num_steps=trainer.num_steps,
+                start=start,
+                every=c.log.every,
+                board=c.log.tensorboard,
+            )
     writer = None
     if c.checkpoint.every:
         writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep, ranks)

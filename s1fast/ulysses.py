@@ -59,8 +59,8 @@ def ulysses_attention(
     backend = backend or kernels.default_backend(q_THK.device, q_THK.dtype, width)
     if backend == "triton":
         return _Attention.apply(q_THK, k_TNK, v_TNK, cu_seqlens, group)
-    heads = _ToHeads.apply(q_THK, k_TNK, v_TNK, group)
-    out_THK = packed_attention(*heads, cu_seqlens, max_seqlen, backend=backend)
+    q, k, v = _ToHeads.apply(q_THK, k_TNK, v_TNK, group)
+    out_THK = packed_attention(q, k, v, cu_seqlens, max_seqlen, backend=backend)
     return _ToTokens.apply(out_THK, group)
 
 
@@ -75,8 +75,9 @@ def exchange(message: Tensor, group: Group) -> Tensor:
 @torch.library.custom_op("s1fast::exchange", mutates_args=())
 def _exchange(message: Tensor, group: str) -> Tensor:
     received = torch.empty_like(message)
+    ranks = _resolve_process_group(group)  # type: ignore[arg-type]  # GroupName is a str
     with exposed.span():
-        dist.all_to_all_single(received, message, group=_resolve_process_group(group))
+        dist.all_to_all_single(received, message, group=ranks)
     return received
 
 
@@ -134,8 +135,8 @@ class _ToHeads(torch.autograd.Function):
         return tuple(to_heads(q_THK, k_TNK, v_TNK, group))
 
     @staticmethod
-    def backward(ctx: Any, *gradients):
-        return *to_heads_backward(*gradients, ctx.repeats, ctx.group), None
+    def backward(ctx: Any, dq, dk, dv):
+        return *to_heads_backward(dq, dk, dv, ctx.repeats, ctx.group), None
 
 
 class _ToTokens(torch.autograd.Function):
@@ -170,8 +171,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, lse2, out_THK, cu_seqlens = ctx.saved_tensors
         dout, delta = _deal_gradient(dout_THK, kernels.delta(dout_THK, out_THK), ctx.group)
         saved = (q, k, v, delta, lse2, cu_seqlens)
-        gradients = kernels.backward(dout, *saved, True, ctx.scale)
-        return *to_heads_backward(*gradients, ctx.repeats, ctx.group), None, None
+        dq, dk, dv = kernels.backward(dout, *saved, True, ctx.scale)
+        return *to_heads_backward(dq, dk, dv, ctx.repeats, ctx.group), None, None
 
 
 def _deal_gradient(dout_THK: Tensor, delta_HT: Tensor, group: Group) -> tuple[Tensor, Tensor]:

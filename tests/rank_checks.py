@@ -1,8 +1,8 @@
 """Checks that several processes run together: `python tests/rank_checks.py OUT WORLD ...`.
 
-One process imports torch and forks the ranks of each world, which run every check of CHECKS for
-that world and write OUT/<world>-<rank>.json: name -> error, "" where it holds. test_parallel.py
-starts this once and reports every check as a test.
+One process imports torch and forks the ranks of each world. They run every check of CHECKS for that
+world, of SLOW where the first of the worlds is "slow", and write OUT/<world>-<rank>.json: name ->
+error, "" where it holds. test_parallel.py starts this once and reports every check as a test.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import random
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -34,11 +35,13 @@ if not torch.cuda.is_available():  # as conftest.py does, before anything import
 
 from s1fast import exposed
 from s1fast.chat import Example
+from s1fast.checkpoint import load_model, save_model
 from s1fast.config import DataConfig, OptimConfig, TrainConfig
 from s1fast.errors import InputError
 from s1fast.gauges import Gauges
 from s1fast.model import Model, ModelConfig
 from s1fast.optimizer import local
+from s1fast.packing import part_tokens
 from s1fast.parallel import Layout, join, leave, shard_model, share_streams
 from s1fast.step import Trainer
 from s1fast.ulysses import _ToTokens, to_heads, ulysses_attention
@@ -175,16 +178,66 @@ def compare_curves(world: Layout, degree: int, config: ModelConfig, train: Train
 UNTIED = model_config()
 TIED = model_config(tie_word_embeddings=True, model_type="llama", attention_bias=False)
 Check = Callable[[Layout], None]
-CHECKS: dict[int, dict[str, Check]] = {2: {}, 3: {}, 4: {}}
+CHECKS: dict[int, dict[str, Check]] = {1: {}, 2: {}, 3: {}, 4: {}}
+SLOW: dict[int, dict[str, Check]] = {2: {}}
 
 
-def check(*worlds: int) -> Callable[[Check], Check]:
+def check(*worlds: int, table: dict[int, dict[str, Check]] = CHECKS) -> Callable[[Check], Check]:
     def register(function: Check) -> Check:
         for world in worlds:
-            CHECKS[world][function.__name__] = function
+            table[world][function.__name__] = function
         return function
 
     return register
+
+
+@check(1)
+def one_rank(world: Layout) -> None:
+    """As a GPU alone is driven: nothing is summed, so not a bit differs."""
+    for config in (UNTIED, TIED):
+        compare(world, 1, config, tolerance=0.0)
+
+
+@check(1)
+def one_ranks_export(world: Layout) -> None:
+    """It has every row, and what it saves is read by any process."""
+    trainer = make(TIED, recipe(), examples(LENGTHS), world)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "source", Path(folder) / "target"
+        source.mkdir()
+        fields = {
+            k: v for k, v in vars(TIED).items() if k not in ("attention_bias", "rope_scaling")
+        }
+        (source / "config.json").write_text(json.dumps(fields))
+        save_model(trainer.model, source, target, torch.float32)
+        loaded = dict(load_model(target, CPU, torch.float32).named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(loaded[name], local(parameter)), name
+
+
+@check(2)
+def two_ranks_have_no_whole_model(world: Layout) -> None:
+    trainer = make(TIED, recipe(), examples(LENGTHS), world)
+    try:
+        save_model(trainer.model, Path("none"), Path("none"), torch.float32)
+    except ValueError as error:
+        assert "this rank has 5" in str(error), error  # 50 or 51 rows of the embedding's 101
+    else:
+        raise AssertionError("saved what is not there")
+
+
+@check(1, 3)
+def loaded_onto_meta(world: Layout) -> None:
+    """Sharded before there is memory, then drawn: the same weights as without sharding."""
+    with torch.device("meta"):
+        model = Model(UNTIED)
+    shard_model(model, world)
+    model.materialise(CPU, torch.float32).init_random(7)
+    with torch.device("meta"):
+        whole = Model(UNTIED)
+    whole.materialise(CPU, torch.float32).init_random(7)
+    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(local(ours), own_rows(theirs, ours, world)), name
 
 
 @check(2, 3)
@@ -249,10 +302,12 @@ def recomputed(world: Layout) -> None:
 @check(2)
 def partly_recomputed(world: Layout) -> None:
     """A budget between all and nothing gives a mixture, and the same gradients."""
-    train = recipe(recompute="auto", activation_gb=0.00105)
+    memory = make(UNTIED, recipe(), examples(LENGTHS), share_streams(world, 2)).memory
+    tokens = part_tokens(sum(LENGTHS), 2)
+    most, least = (memory.needed([kind] * 3, tokens) for kind in ("none", "gate_up"))
+    train = recipe(recompute="auto", activation_gb=(most + least) / 2e9)
     trainer = make(UNTIED, train, examples(LENGTHS), share_streams(world, 2))
-    chosen = trainer.recompute([sum(LENGTHS)])
-    assert len(set(chosen)) > 1, chosen
+    assert set(trainer.recompute([sum(LENGTHS)], first_pass=True)) == {"none", "gate_up"}
     compare(world, 2, UNTIED, train)
 
 
@@ -260,7 +315,13 @@ def partly_recomputed(world: Layout) -> None:
 def reduced_in_bf16(world: Layout) -> None:
     """Each rank's share of a gradient is rounded to bf16, and so is every partial sum: 2^-9 a
     rounding, three of them with four ranks."""
-    compare(world, 2, UNTIED, recipe(reduce_dtype="bfloat16"), tolerance=3 * 2.0**-9)
+    train = recipe(reduce_dtype="bfloat16")
+    compare(world, 2, UNTIED, train, tolerance=3 * 2.0**-9)
+    try:
+        compare(world, 2, UNTIED, train)
+    except AssertionError:
+        return
+    raise AssertionError("nothing was rounded")
 
 
 @check(4)
@@ -423,6 +484,25 @@ def most(world: Layout) -> None:
     assert float(world.most(torch.tensor(float(world.rank)))) == world.world - 1
 
 
+@check(2, table=SLOW)
+def compiled(world: Layout) -> None:
+    """Layers compiled beneath FSDP's hooks, around exchanged heads: the same bits, and no graph is
+    built once training has begun."""
+    config = model_config(hidden_size=64, head_dim=64, num_attention_heads=2, num_key_value_heads=1)
+    layout, rows = share_streams(world, 2), examples([40, 23, 30, 11, 90, 2])
+    Model.compile_layers.__defaults__ = ("aot_eager_decomp_partition",)
+    results = []
+    for compile in (False, True):
+        train = recipe(attention="triton", batch_size=2, compile=compile)
+        trainer = make(config, train, rows, layout, torch.bfloat16)
+        torch._dynamo.config.error_on_recompile = True
+        with exposed.collecting(CPU):  # whose hooks the compiler sees
+            results.append(curve(trainer))
+        torch._dynamo.config.error_on_recompile = False
+    assert len(results[0]) == 3 and results[0] == results[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 @check(2, 4)
 def smallest(world: Layout) -> None:
     assert world.smallest(100 - world.rank) == 101 - world.world
@@ -442,13 +522,13 @@ def ranks_that_disagree(world: Layout) -> None:
 # -- running them ----------------------------------------------------------------------------------
 
 
-def run(out: Path, world: int, rank: int, port: int) -> None:
+def run(out: Path, checks: dict[str, Check], world: int, rank: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     layout = join(CPU)
     results = {}
-    for name, function in CHECKS[world].items():
+    for name, function in checks.items():
         began = time.perf_counter()
         error = ""
         try:
@@ -462,7 +542,7 @@ def run(out: Path, world: int, rank: int, port: int) -> None:
         (out / f"{world}-{rank}.json").write_text(json.dumps(results))
         if error:
             os._exit(1)
-    dist.barrier()
+    layout.ranks.exchange("")
     leave()
 
 
@@ -474,8 +554,10 @@ def free_port() -> int:
 
 if __name__ == "__main__":
     fork = multiprocessing.get_context("fork")
-    for size in map(int, sys.argv[2:]):
-        arguments = (Path(sys.argv[1]), size)
+    out, *words = sys.argv[1:]
+    table = SLOW if words[0] == "slow" else CHECKS
+    for size in [int(word) for word in words if word != "slow"]:
+        arguments = (Path(out), table[size], size)
         port = free_port()
         ranks = [fork.Process(target=run, args=(*arguments, i, port)) for i in range(size)]
         for process in ranks:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import resource
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rank_threads import all_ranks, on_ranks
 from s1fast import checkpoint
-from s1fast.checkpoint import CARRIED, Reader, layout, load_model, read_config, save_model
+from s1fast.checkpoint import (
+    CARRIED,
+    Reader,
+    layout,
+    load_model,
+    read_config,
+    save_model,
+    save_weights,
+)
 from s1fast.errors import InputError
+from s1fast.model import Model
+from s1fast.ranks import Ranks
+from s1fast.slices import Slice
 from s1fast.tensor_files import write_tensors
 
 CPU = torch.device("cpu")
@@ -156,6 +169,87 @@ def test_shards_and_index(source: Path, tmp_path: Path) -> None:
         total += sum(sizes)
     assert index["metadata"]["total_size"] == total
     assert index["weight_map"].keys() == stored(source).keys()
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+@pytest.mark.parametrize("shard_bytes", [60_000, 1 << 30])
+def test_many_ranks_write_the_same_folder(
+    world: int, shard_bytes: int, source: Path, tmp_path: Path
+) -> None:
+    """File by file, also where there are fewer files than ranks."""
+    model = load_model(source, CPU, torch.float32)
+    save_model(model, source, tmp_path / "one", torch.bfloat16, shard_bytes)
+    all_ranks(world, lambda ranks: save_on(ranks, model, tmp_path / "many", shard_bytes))
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one"]
+
+
+def save_on(ranks: Ranks, model: Model, target: Path, shard_bytes: int) -> None:
+    def read(name: str, part: Slice) -> None:
+        whole = model.get_parameter(name).detach()
+        part.fill(0, len(whole), lambda start, stop: whole[start:stop])
+
+    source = target.parent / "one"
+    dtype = torch.bfloat16
+    save_weights(model.config, read, source, target, dtype, ranks, shard_bytes)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_one_rank_that_cannot_write_ends_all(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(source, CPU, torch.float32)
+    save_model(model, source, tmp_path / "one", torch.float32)
+
+    def failing(path: Path, *arguments: Any) -> None:
+        if "00002-of" in path.name:
+            raise OSError(28, "No space left on device")
+        write_tensors(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", failing)
+    target = tmp_path / "many"
+    for error in on_ranks(3, lambda ranks: save_on(ranks, model, target, 60_000)):
+        assert isinstance(error, InputError)
+        assert str(error) == f"rank 1: {target}: cannot be written: No space left on device"
+    (tmp_path / "many").mkdir()
+    for error in on_ranks(3, lambda ranks: save_on(ranks, model, target, 60_000)):
+        assert isinstance(error, InputError) and f"{target}: exists already" in str(error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one"]
+
+
+def test_an_export_holds_a_piece_at_a_time(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the size of files and tensors; rows wider than a piece come one by one."""
+    model = load_model(source, CPU, torch.float32)
+    save_model(model, source, tmp_path / "whole", torch.float32)
+    real, alive, most = write_tensors, 0, 0
+
+    def counted(path: Path, tensors: Any, pieces: Iterable[Tensor], *rest: Any) -> str:
+        def gone(size: int) -> None:
+            nonlocal alive
+            alive -= size
+
+        def watched() -> Iterator[Tensor]:
+            nonlocal alive, most
+            for piece in pieces:
+                alive, most = alive + piece.nbytes, max(most, alive + piece.nbytes)
+                weakref.finalize(piece, gone, piece.nbytes)
+                yield piece
+
+        return real(path, tensors, watched(), *rest)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", counted)
+    for size in (1000, 1):
+        monkeypatch.setattr(checkpoint, "PIECE_BYTES", size)
+        most = 0
+        save_model(model, source, tmp_path / f"in {size}", torch.float32)
+        assert files(tmp_path / f"in {size}") == files(tmp_path / "whole")
+        widest = 4 * 96  # a row of down_proj
+        assert 0 < most <= 3 * max(size, widest)
 
 
 def test_files_that_travel_with_the_weights(source: Path, tmp_path: Path) -> None:

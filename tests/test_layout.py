@@ -40,11 +40,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "kernels", "slices"},
     "recompute": {"kernels", "model"},
     "exposed": set(),
+    "heartbeat": set(),
     "ulysses": {"exposed", "kernels"},
-    "parallel": {"errors", "exposed", "model", "ranks", "ulysses"},
+    "parallel": {"errors", "exposed", "heartbeat", "model", "ranks", "ulysses"},
+    "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
     "published": {"model"},
     "rates": {"errors", "files"},
-    "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
+    "selftest": {"parallel", "rates"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
@@ -61,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profile": {"config", "errors", "files", "parallel"},
     "trainer": {"balance", "chat", "checkpoint", "config", "errors", "exposed", "files", "gauges"}
     | {"hub", "metrics", "model", "optimizer", "packing", "parallel", "profile", "ranks", "rows"}
-    | {"slices", "snapshot", "snapshot_writer", "step"},
+    | {"selftest", "slices", "snapshot", "snapshot_writer", "step"},
     "decoder": {"budget", "chat", "checkpoint", "errors", "hub", "kernels", "kv_cache", "model"},
     "console": {"decoder"},
     "demo_tasks": {"files"},
@@ -77,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
     "bench": {"balance", "bench", "chat", "decoder", "errors", "files", "kernels", "metrics"}
-    | {"model", "packing", "step"},
+    | {"model", "packing", "published", "step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"plan", "recipes", "trainer"},
     "__main__": {"cli"},

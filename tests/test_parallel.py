@@ -19,32 +19,43 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = [(world, name) for world, checks in rank_checks.CHECKS.items() for name in checks]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[str | None]]:
-    """(ranks, check) -> what each rank says: "", an error, or None where it never got there."""
-    out = tmp_path_factory.mktemp("ranks")
-    worlds = list(rank_checks.CHECKS)
+Said = dict[tuple[int, str], list[str | None]]
+"""(ranks, check) -> what each rank says: "", an error, or None where it never got there."""
+
+
+def run(out: Path, checks: dict[int, dict[str, rank_checks.Check]], *words: str) -> Said:
     subprocess.run(
-        [sys.executable, rank_checks.__file__, str(out), *map(str, worlds)],
+        [sys.executable, rank_checks.__file__, str(out), *words, *map(str, checks)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=400,
+        timeout=500,
         check=True,
     )
-    found: dict[tuple[int, str], list[str | None]] = {}
-    for world in worlds:
+    found: Said = {}
+    for world, named in checks.items():
         files = [out / f"{world}-{rank}.json" for rank in range(world)]
         said = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-        for name in rank_checks.CHECKS[world]:
+        for name in named:
             found[world, name] = [one.get(name) for one in said]
     return found
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Said:
+    return run(tmp_path_factory.mktemp("ranks"), rank_checks.CHECKS)
+
+
 @pytest.mark.parametrize(("world", "name"), NAMES, ids=[f"{name}-{world}" for world, name in NAMES])
-def test_on_ranks(world: int, name: str, results: dict[tuple[int, str], list[str | None]]) -> None:
+def test_on_ranks(world: int, name: str, results: Said) -> None:
     """rank_checks.py says what each shows."""
     for rank, said in enumerate(results[world, name]):
         assert said is not None, f"rank {rank} never got there: an earlier check failed"
         assert said == "", f"rank {rank}:\n{said}"
+
+
+@pytest.mark.slow
+def test_slow_checks_on_ranks(tmp_path: Path) -> None:
+    for said in run(tmp_path, rank_checks.SLOW, "slow").values():
+        assert said == ["", ""], said
 
 
 @pytest.mark.parametrize(

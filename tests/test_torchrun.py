@@ -23,18 +23,20 @@ from s1fast.step import stream_loss
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
-# The command; in a rank's first life, rank 1 dies by SIGKILL as step argv[1] begins, or goes its
-# own way with the flags of argv[2].
+# The command; in its first life, rank 1 gets the signal argv[1] as step argv[2] begins, or goes
+# its own way with the flags of argv[3].
 DOOMED = """
 import os, signal, sys
-at, flags = int(sys.argv.pop(1)), sys.argv.pop(1).split()
+sent, at, flags = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1).split()
+import s1fast.heartbeat
+s1fast.heartbeat.BEAT_S, s1fast.heartbeat.SILENCE_S = 0.5, 6.0
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     sys.argv += flags
     import s1fast.step
     real = s1fast.step.Trainer.step
     def step(self, step):
         if step == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[sent])
         return real(self, step)
     s1fast.step.Trainer.step = step
 from s1fast.cli import main
@@ -150,7 +152,7 @@ def test_a_killed_rank_and_torchruns_restart(setup: Setup, tmp_path: Path) -> No
     """Rank 1 dies as step 5 begins: all start anew from the last snapshot, to the same bits."""
     command = ["train", str(setup.recipe), "--output", str(tmp_path / "run"), "--checkpoint.resume"]
     restarts = ("--max-restarts", "1")
-    done = torchrun(2, *restarts, str(setup.doomed), "5", "", *command)
+    done = torchrun(2, *restarts, str(setup.doomed), "SIGKILL", "5", "", *command)
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stdout
     wanted = weights(setup.whole)
@@ -163,7 +165,7 @@ def test_a_killed_rank_and_torchruns_restart(setup: Setup, tmp_path: Path) -> No
 def test_going_on_with_other_ranks(setup: Setup, tmp_path: Path, ranks: int) -> None:
     """A rank dies, nobody restarts it, and as many as there are go on."""
     command = ["train", str(setup.recipe), "--output", str(tmp_path / "run"), "--checkpoint.resume"]
-    done = torchrun(2, str(setup.doomed), "7", "", *command)
+    done = torchrun(2, str(setup.doomed), "SIGKILL", "7", "", *command)
     assert done.returncode != 0 and not (tmp_path / "run" / "hf").exists()
     done = torchrun(ranks, "-m", "s1fast", *command)
     assert done.returncode == 0, done.stderr
@@ -187,7 +189,16 @@ def test_two_ranks_profiled(setup: Setup, tmp_path: Path) -> None:
 def test_ranks_that_disagree_write_nothing(setup: Setup, tmp_path: Path) -> None:
     flags = "--optim.lr 0.5"
     command = ["train", str(setup.recipe), "--output", str(tmp_path / "run")]
-    done = torchrun(2, str(setup.doomed), "-1", flags, *command)
+    done = torchrun(2, str(setup.doomed), "SIGKILL", "-1", flags, *command)
     assert done.returncode != 0
     assert "the ranks disagree on optim.lr: 0.5 on rank 1, 0.001 on rank 0" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_falls_silent_ends_all(setup: Setup, tmp_path: Path) -> None:
+    """Rank 1 is stopped, not dead: torchrun sees nothing amiss, and its connections stay open."""
+    command = ["train", str(setup.recipe), "--output", str(tmp_path / "run")]
+    done = torchrun(2, str(setup.doomed), "SIGSTOP", "3", "", *command)
+    assert done.returncode != 0
+    assert "rank 0: nothing heard from rank 1 for 6 s" in done.stderr

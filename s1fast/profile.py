@@ -41,9 +41,9 @@ ROWS = ("GEMM", "attention", "loss", "other kernels", "exposed communication", "
 
 _KERNELS = (  # what a name holds, the first that fits; the loss's products are GEMMs like others
     ("communication", "^nccl"),
-    ("attention", "attention|attn|flash|fmha"),
+    ("attention", "(?i)attention|attn|flash|fmha"),
     ("loss", "^_softmax_gradient_kernel|^_scale_kernel"),
-    ("GEMM", "gemm|gemv|nvjet|cutlass|cublas|xmma"),
+    ("GEMM", "(?i)gemm|gemv|nvjet|cutlass|cublas|xmma"),
     ("other kernels", ""),
 )
 _OPERATIONS = (  # on a CPU; the others only enclose these, and what waits for ranks is no compute
@@ -68,7 +68,7 @@ def operation_kind(name: str) -> str | None:
 
 
 def _kind(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
-    return next((kind for kind, holds in table if re.search(holds, name, re.IGNORECASE)), None)
+    return next((kind for kind, holds in table if re.search(holds, name)), None)
 
 
 @dataclass(frozen=True)

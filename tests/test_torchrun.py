@@ -100,7 +100,14 @@ def setup(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 12/12") == 1, "one rank prints, the other does not"
     assert "over 2 ranks: streams 1 x 2" in done.stdout
+    assert " exposed " in done.stdout
     return Setup(recipe, doomed, folder / "whole")
+
+
+def test_ranks_tell_what_they_wait_for(setup: Setup) -> None:
+    told = [json.loads(line) for line in (setup.whole / "metrics.jsonl").read_text().splitlines()]
+    assert len(told) == 12
+    assert all(0 < line["exposed_s"] < line["step_s"] for line in told)
 
 
 def losses(run: Path) -> list[float]:
@@ -164,6 +171,18 @@ def test_going_on_with_other_ranks(setup: Setup, tmp_path: Path, ranks: int) -> 
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stdout
     assert distance(tmp_path / "run", setup.whole) <= 1e-4
+
+
+@pytest.mark.slow
+def test_two_ranks_profiled(setup: Setup, tmp_path: Path) -> None:
+    """All record, the first writes; gloo's collectives are found, and part of them is exposed."""
+    flags = ["--output", str(tmp_path / "run"), "--profile", "3:4"]
+    done = torchrun(2, "-m", "s1fast", "train", str(setup.recipe), *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("profile of steps 3 to 4 on CPU, rank 0 of 2") == 1
+    facts = json.loads((tmp_path / "run" / "profile" / "table.json").read_text())
+    assert 0 < facts["rows_s"]["exposed communication"] <= facts["communication_s"]
+    assert losses(tmp_path / "run") == losses(setup.whole)
 
 
 @pytest.mark.slow

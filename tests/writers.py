@@ -91,9 +91,11 @@ class Ascii:
 
     Logits of ids that are not ASCII are 0, so they are never the largest. Those of END ids are
     scaled by `end`: with 1.8 the model keeps wanting to end its thinking, with 0 it never does.
+    With `pairs` it writes no more than twice as many letters, and so repeats itself: one letter's
+    logit is the other's negative, so one of them is above 0 always.
     """
 
-    def __init__(self, folder: Path, end: float) -> None:
+    def __init__(self, folder: Path, end: float, pairs: int = 0) -> None:
         from safetensors.torch import load_file, save_file
 
         chat = Chat.load(folder)
@@ -103,6 +105,11 @@ class Ascii:
         for i in range(chat.vocab_size):
             if not chat.decode([i]).isascii():
                 head[i] = 0
+        if pairs:
+            letters = [i for i in range(20, chat.vocab_size) if chat.decode([i]).isalpha()]
+            kept = [i for i in letters if chat.decode([i]).isascii()][: 2 * pairs]
+            head[[i for i in range(chat.vocab_size) if i not in self.end and i not in kept]] = 0
+            head[kept[pairs:]] = -head[kept[:pairs]]
         head[list(self.end)] *= end
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         self.folder, self.chat, self.engine = folder, chat, Engine(folder)

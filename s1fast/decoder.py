@@ -321,8 +321,8 @@ class Engine:
     def close(self) -> None:
         """Lets the other ranks' `follow` return. An engine of one rank needs no closing."""
         if self._ranks is not None and not self._ranks.rank:
-            while self._thread is not None:
-                self._thread.join()
+            while (thread := self._thread) is not None:
+                thread.join()
             self._ranks.share(None)
 
     @torch.inference_mode()
@@ -334,7 +334,7 @@ class Engine:
                     self._loop.remove(job)
                 for s in fresh:
                     if s.job not in cancelled:
-                        self._loop.add(self._row(s))
+                        self._add(s)
                 if not self._loop.idle:
                     self._loop.step()
             except BaseException as error:  # no request may end the thread: all are told
@@ -368,8 +368,13 @@ class Engine:
         orders = fresh, cancelled
         return orders if ranks is None else ranks.share(orders)
 
-    def _row(self, s: _Sample) -> Row:
-        return Row(s.job, s.order, s.index, s.sample, s.prompt_ids, s.params, s.cells, self.chat)
+    def _add(self, s: _Sample) -> None:
+        what = s.index, s.sample, s.prompt_ids, s.params, s.cells
+        try:
+            self._loop.add(Row(s.job, s.order, *what, self.chat))
+        except Exception as error:  # what is wrong with one request's text is its own
+            self._loop.remove(s.job)
+            self._fail(s.job, error)
 
     def _emit(self, row: Row, pieces: list[Piece], done: list[tuple[int, Completion]]) -> None:
         handle = self._handles.get(row.job)

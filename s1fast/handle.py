@@ -6,6 +6,7 @@ The engine's thread puts items in; callers take them out, on another thread or i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -51,7 +52,7 @@ class Handle:
         ready, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def wake() -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody reads on
                 loop.call_soon_threadsafe(ready.set)
 
         self._wake = wake

@@ -48,7 +48,7 @@ BUDGETS: list[Budget | None] = [
 ]
 PARAMS = [
     SamplingParams(max_tokens=50),
-    SamplingParams(max_tokens=50, temperature=0.6, n=2, seed=9),
+    SamplingParams(max_tokens=50, temperature=0.6, seed=9),
     SamplingParams(max_tokens=50, temperature=0.8, top_k=8, top_p=0.9, min_p=0.01, stop=["e"]),
 ]
 
@@ -143,6 +143,16 @@ def test_a_forced_string_is_one_step(restless: Ascii) -> None:
         (done,) = engine.generate([prompt], params, budget)
         assert done.finish_reason == "stop"
         assert engine.stats.steps - before == 6  # five of thinking, one that stops the answer
+
+
+def test_a_stop_text_inside_a_forced_string_stops_nothing(restless: Ascii) -> None:
+    """It ends the answer, and the answer begins behind what was appended."""
+    (prompt,) = restless.prompts(11)
+    budget = Budget(max_thinking_tokens=5, min_thinking_tokens=5)
+    params = [SamplingParams(max_tokens=30, stop=stop) for stop in ([], ["Final", "wer:"])]
+    free, stopped = (restless.engine.generate([prompt], p, budget)[0] for p in params)
+    assert stopped.answer.startswith("\nFinal Answer:")
+    assert (stopped.token_ids, stopped.answer) == (free.token_ids, free.answer)
 
 
 # -- logprobs -------------------------------------------------------------------------------

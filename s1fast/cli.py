@@ -265,10 +265,11 @@ def _maximum(flag: str, text: str) -> Any:
         return None
     if text == "auto" and flag != "--num-ignores":
         return text
-    if not re.fullmatch(r"\d{1,9}", text):
+    try:
+        return int(text)
+    except ValueError:
         words = "nor none" if flag == "--num-ignores" else "nor auto, nor none"
-        raise InputError(f"{flag}: {text!r} is no count, {words}")
-    return int(text)
+        raise InputError(f"{flag}: {text!r} is no count, {words}") from None
 
 
 def _demo(arguments: list[str]) -> None:

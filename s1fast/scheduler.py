@@ -70,9 +70,8 @@ class Scheduler:
         """The next step; nothing if no row is left."""
         grants = self._one_each()
         spare = self.max_slots - len(grants)
-        for grant in sorted(
-            grants, key=lambda g: g.row.pending > PAGE_SIZE
-        ):  # forced strings first
+        # Forced strings first: their rows draw again in this very step.
+        for grant in sorted(grants, key=lambda g: g.row.pending > PAGE_SIZE):
             spare -= self._extend(grant, spare)
         while spare and (row := self._admit()) is not None:
             grant = Grant(row, 0)

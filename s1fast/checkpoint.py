@@ -100,10 +100,18 @@ class Reader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files.part(self.file_of[name], name).get_shape())
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start to stop of a tensor, in its stored dtype; only these are read."""
+    def rows(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Rows start to stop of a tensor, in its stored dtype; only these are read. Of a matrix,
+        if asked, a range of columns."""
         self.check_dtype(name)
-        return self._files.part(self.file_of[name], name)[start:stop]
+        part = self._files.part(self.file_of[name], name)
+        return part[start:stop] if columns is None else part[start:stop, slice(*columns)]
 
     def check_dtype(self, name: str) -> None:
         found = self._files.part(self.file_of[name], name).get_dtype()

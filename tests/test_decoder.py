@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,58 +14,9 @@ from s1fast.budget import Budget
 from s1fast.chat import CHATML, Chat, TextStream, load_tokenizer
 from s1fast.decoder import Completion, Engine, Piece, SamplingParams
 from s1fast.errors import InputError
-from s1fast.kv_cache import KVCache
-from s1fast.model import ModelConfig
-
-NEVER = 511
-"""An id beyond the tokenizer: as eos_token_id it ends nothing."""
+from writers import NEVER, Ascii, Theirs, kinds_of, prompts_of, sampled
 
 MakeModel = Callable[..., Path]
-
-
-class Theirs:
-    """transformers' model, greedy, without the ids that the tokenizer does not have."""
-
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        import transformers
-
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.vocab_size = vocab_size
-
-    @torch.inference_mode()
-    def generate(self, prompt: list[int], count: int) -> list[int]:
-        """Its own loop, with its own cache."""
-        self.model.generation_config.eos_token_id = None
-        out = self.model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            suppress_tokens=list(range(self.vocab_size, self.model.config.vocab_size)) or None,
-        )
-        return out[0, len(prompt) :].tolist()
-
-    @torch.inference_mode()
-    def greedy_after_each(self, prompt: list[int], ids: list[int]) -> list[int]:
-        """Its likeliest token at the place of every one of ids, from one pass over all of them: ids
-        equals this exactly where ids is what it generates."""
-        logits_TV = self.model(torch.tensor([prompt + ids])).logits[0, :, : self.vocab_size]
-        return logits_TV[len(prompt) - 1 : -1].argmax(-1).tolist()
-
-    @torch.inference_mode()
-    def next(self, ids: list[int], masked: set[int]) -> int:
-        """The likeliest token after ids, computed from nothing."""
-        logits_V = self.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-        logits_V[self.vocab_size :] = -torch.inf
-        logits_V[list(masked)] = -torch.inf
-        return int(logits_V.argmax())
-
-
-def prompts_of(chat: Chat, *lengths: int, seed: int = 0) -> list[list[int]]:
-    """Random ids; no special ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, chat.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
 # -- plain greedy decoding ------------------------------------------------------------------
@@ -110,6 +60,26 @@ def test_greedy_on_real_weights_equals_transformers(smollm2: Path) -> None:
         assert done.token_ids == theirs.greedy_after_each(prompt, done.token_ids)
 
 
+@pytest.mark.slow
+def test_greedy_on_real_weights_equals_transformers_in_a_batch(smollm2: Path) -> None:
+    """200 tokens each beside ragged neighbours; and under a budget, beside the same in one pass."""
+    engine = Engine(smollm2)
+    engine.chat.stop_ids = frozenset()
+    theirs = Theirs(smollm2, engine.chat.vocab_size)
+    prompts = [
+        engine.chat.prompt_ids(question, think=True)
+        for question in ("Hi", "Write a long story about a fox and a hen.", "What is 17 + 25?")
+    ]
+    for budget in (None, Budget(max_thinking_tokens=120, num_ignore=2)):
+        for done in engine.generate(prompts, SamplingParams(max_tokens=200), budget):
+            assert len(done.token_ids) == 200 or done.finish_reason == "stop"
+            kinds = [p.kind for p in done.pieces for _ in p.ids]
+            wanted = theirs.greedy_after_each(done.prompt_ids, done.token_ids)
+            for kind, ours, other in zip(kinds, done.token_ids, wanted, strict=True):
+                # Where thinking may not end yet or an end was ignored, theirs may be an end.
+                assert kind in ("ignore", "end") or ours == other or other in (1, 2)
+
+
 def test_the_models_own_stop_id_ends_and_is_left_out(make_model: MakeModel) -> None:
     folder = make_model(eos_token_id=NEVER)
     free = Engine(folder)
@@ -122,130 +92,6 @@ def test_the_models_own_stop_id_ends_and_is_left_out(make_model: MakeModel) -> N
 
 
 # -- budget-forced decoding -----------------------------------------------------------------
-
-
-@dataclass
-class ByHand:
-    """What a request should give, as (kind, id)."""
-
-    prompt: list[int]
-    output: list[tuple[str, int]] = field(default_factory=list)
-    waits: int = 0
-    thinking_end: str | None = None
-    finish_reason: str = "length"
-    cut: int = 0
-
-    def add(self, kind: str, ids: list[int]) -> None:
-        self.output += [(kind, i) for i in ids]
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt + [i for _, i in self.output]
-
-
-class Ascii:
-    """A random model that writes ASCII alone, so that every token is text at once.
-
-    Logits of ids that are not ASCII are 0, so they are never the largest. Those of END ids are
-    scaled by `end`: with 1.8 the model keeps wanting to end its thinking, with 0 it never does.
-    """
-
-    def __init__(self, folder: Path, end: float) -> None:
-        from safetensors.torch import load_file, save_file
-
-        chat = Chat.load(folder)
-        self.end = {chat.marker_id("<|im_start|>"), chat.marker_id("<|im_end|>")}
-        weights = load_file(folder / "model.safetensors")
-        head = weights["lm_head.weight"]
-        for i in range(chat.vocab_size):
-            if not chat.decode([i]).isascii():
-                head[i] = 0
-        head[list(self.end)] *= end
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        self.chat, self.engine = chat, Engine(folder)
-        self.theirs = Theirs(folder, chat.vocab_size)
-
-    def prompts(self, *lengths: int) -> list[list[int]]:
-        start = self.chat.encode("<|im_start|>think")
-        return [ids + start for ids in prompts_of(self.chat, *lengths)]
-
-    def by_hand(self, prompt: list[int], budget: Budget, max_tokens: int) -> ByHand:
-        """Forces the budget token by token, each from a pass over all that stands before."""
-        think = self._rounds if budget.accounting == "harness" else self._total
-        hand = ByHand(prompt)
-        newline = think(hand, budget)
-        if hand.thinking_end == "natural":
-            hand.add("end", self.chat.encode("<|im_start|>answer"))
-        else:
-            hand.add("end", [] if newline else self.chat.encode("\n"))
-            hand.add("end", self.chat.encode("<|im_start|>answer\n" + budget.final_text))
-        while len(hand.output) < max_tokens:
-            token = self.theirs.next(hand.ids, set())
-            if token in self.end | self.chat.stop_ids:
-                hand.finish_reason = "stop"
-                break
-            hand.add("answer", [token])
-        return hand
-
-    def _total(self, hand: ByHand, budget: Budget) -> bool:
-        left = budget.num_ignore or 0
-        first = budget.num_ignore is not None
-        while len(hand.output) < budget.max_thinking_tokens:
-            masked = first or len(hand.output) < budget.min_thinking_tokens
-            token = self.theirs.next(hand.ids, self.end if masked else set())
-            first = False
-            if token not in self.end:
-                hand.add("thinking", [token])
-            elif left:
-                text = budget.ignore_texts[hand.waits % len(budget.ignore_texts)]
-                hand.add("ignore", self.chat.encode(text))
-                del hand.output[budget.max_thinking_tokens :]
-                left, hand.waits, first = left - 1, hand.waits + 1, True
-            else:
-                hand.thinking_end = "natural"
-                return False
-        hand.thinking_end = "length"
-        return self._newline(hand)
-
-    def _rounds(self, hand: ByHand, budget: Budget) -> bool:
-        """As the evaluation harness: whole rounds first, then the cut."""
-        for i in range((budget.num_ignore or 0) + 1):
-            hand.thinking_end = "length"
-            for sampled in range(budget.max_thinking_tokens):
-                masked = sampled == 0 and budget.num_ignore is not None
-                token = self.theirs.next(hand.ids, self.end if masked else set())
-                if token in self.end:
-                    hand.thinking_end = "natural"
-                    break
-                hand.add("thinking", [token])
-            if hand.thinking_end == "length" or i == (budget.num_ignore or 0):
-                break
-            hand.waits += 1
-            hand.add("ignore", self.chat.encode(budget.ignore_texts[i % len(budget.ignore_texts)]))
-        newline = self._newline(hand)
-        hand.cut = max(0, len(hand.output) - budget.max_thinking_tokens)
-        del hand.output[budget.max_thinking_tokens :]
-        return newline
-
-    def _newline(self, hand: ByHand) -> bool:
-        return bool(hand.output) and self.chat.decode([hand.output[-1][1]]).endswith("\n")
-
-    def check(self, done: Completion, hand: ByHand) -> None:
-        """Everything a completion tells, against what was forced by hand."""
-        assert done.token_ids == [i for _, i in hand.output]
-        assert kinds_of(done.pieces) == hand.output
-        thinking = [i for kind, i in hand.output if kind in ("thinking", "ignore")]
-        assert done.thinking_tokens == len(thinking)
-        assert done.thinking == self.chat.decode(thinking)
-        text = self.chat.decode([i for kind, i in hand.output if kind in ("end", "answer")])
-        assert done.answer == text.partition("<|im_start|>answer")[2]
-        assert "".join(piece.text for piece in done.pieces) == done.thinking + text
-        assert done.waits_used == hand.waits
-        assert (done.thinking_end, done.finish_reason) == (hand.thinking_end, hand.finish_reason)
-
-
-def kinds_of(pieces: list[Piece]) -> list[tuple[str, int]]:
-    return [(piece.kind, i) for piece in pieces for i in piece.ids]
 
 
 @pytest.fixture(scope="module", params=["qwen2", "llama"])
@@ -330,11 +176,6 @@ def test_questions_and_conversations_go_through_the_template(restless: Ascii) ->
 
 def texts(items: Iterator[Piece | Completion]) -> list[str]:
     return [item.text for item in items if isinstance(item, Piece)]
-
-
-def sampled(**fields: Any) -> SamplingParams:
-    """Varied text, the same every time, and too cool for what is not ASCII."""
-    return SamplingParams(**{"temperature": 0.3, "seed": 11, "max_tokens": 60, **fields})
 
 
 @pytest.mark.parametrize("at", [0, 7, 31])
@@ -448,15 +289,13 @@ def test_samples_depend_on_seed_index_and_prompt_but_not_on_the_batch(restless: 
     assert engine.generate(prompts[:1], first, budget)[0].token_ids == together[0].token_ids
 
 
-def test_more_requests_than_rows_give_the_same_in_order(
-    restless: Ascii, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_requests_than_rows_give_the_same_in_order(restless: Ascii) -> None:
     prompts, budget = restless.prompts(3, 30, 11, 6, 19), Budget(max_thinking_tokens=20)
     params = SamplingParams(n=2, temperature=1.0, seed=3, max_tokens=40)
     wide = restless.engine.generate(prompts, params, budget)
     for rows in (1, 3):
-        monkeypatch.setattr(restless.engine, "max_batch", rows)
-        assert restless.engine.generate(prompts, params, budget) == wide
+        engine = Engine(restless.folder, max_batch=rows)
+        assert engine.generate(prompts, params, budget) == wide
 
 
 def test_a_trace_that_is_resumed_as_a_prompt_goes_on_the_same(writer: Ascii) -> None:
@@ -582,73 +421,14 @@ def test_streamed_bytes_add_up_to_the_text(make_model: MakeModel) -> None:
 # -- the cache ------------------------------------------------------------------------------
 
 
-def test_decoding_past_the_first_stretch_of_the_cache(writer: Ascii) -> None:
-    """The cache holds 256 positions at first and doubles; a short neighbour grows along."""
-    prompts = prompts_of(writer.chat, 250, 3, 509)
-    done = writer.engine.generate(prompts, SamplingParams(max_tokens=12))
+def test_decoding_over_many_pages_beside_short_rows(writer: Ascii) -> None:
+    """Prompts of several chunks; a page is begun, filled and passed within the twelve tokens."""
+    engine = Engine(writer.folder, step_tokens=64)
+    prompts = prompts_of(writer.chat, 250, 3, 509, 15, 16, 17)
+    done = engine.generate(prompts, SamplingParams(max_tokens=12))
     for prompt, completion in zip(prompts, done, strict=True):
         wanted = writer.theirs.greedy_after_each(prompt, completion.token_ids)
         assert completion.token_ids == wanted and len(wanted) == 12
-
-
-def test_cache_attends_over_what_each_row_wrote_last(make_model: MakeModel) -> None:
-    """Ragged steps, entries taken back, rows moved: against attention over plain lists."""
-    heads, kv_heads, width = 6, 2, 8
-    config = ModelConfig.from_json(
-        {
-            "model_type": "llama",
-            "vocab_size": 8,
-            "hidden_size": heads * width,
-            "intermediate_size": 8,
-            "num_hidden_layers": 1,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "max_position_embeddings": 1024,
-        },
-        "test",
-    )
-    cache = KVCache(config, 3, torch.device("cpu"), torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    keys: list[list[torch.Tensor]] = [[], [], []]
-    values: list[list[torch.Tensor]] = [[], [], []]
-    steps = [
-        ([0, 0, 0], [5, 1, 9]),
-        ([5, 1, 9], [1, 1, 1]),  # plain decoding
-        ([6, 2, 10], [1, 7, 3]),  # forced strings of different lengths
-        ([4, 9, 8], [2, 1, 1]),  # rows 0 and 2 take entries back
-        ([6, 10, 9], [260, 1, 1]),  # the cache grows
-        ([266, 11, 10], [1, 1, 1]),
-        ([0, 12, 11], [2, 1, 1]),  # row 0 begins anew beside others that go on
-        "move 2 to 0",
-        ([12, 13], [1, 1]),
-        ([13, 14], [2, 1]),
-        "move 1 to 0",
-        ([15], [1]),
-        ([16], [4]),
-    ]
-    for step in steps:
-        if isinstance(step, str):
-            source, target = int(step.split()[1]), int(step.split()[3])
-            cache.move(source, target)
-            keys[target], values[target] = list(keys[source]), list(values[source])
-            continue
-        starts, lengths = step
-        cache.plan(starts, lengths)
-        q = torch.randn(sum(lengths), heads, width, generator=generator)
-        k, v = torch.randn(2, sum(lengths), kv_heads, width, generator=generator)
-        got = cache.attend(0, q, k, v)
-        at = 0
-        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            for i in range(length):
-                assert int(cache.positions_T[at]) == start + i
-                keys[row][start + i :] = [k[at]]
-                values[row][start + i :] = [v[at]]
-                seen_k = torch.stack(keys[row]).repeat_interleave(heads // kv_heads, 1)
-                seen_v = torch.stack(values[row]).repeat_interleave(heads // kv_heads, 1)
-                score = torch.einsum("hk,shk->hs", q[at], seen_k) / width**0.5
-                wanted = torch.einsum("hs,shk->hk", score.softmax(-1), seen_v)
-                torch.testing.assert_close(got[at], wanted, rtol=1e-4, atol=1e-5)
-                at += 1
 
 
 def test_bfloat16_decodes(make_model: MakeModel) -> None:

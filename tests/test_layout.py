@@ -30,10 +30,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tensor_files": {"errors"},
     "hub": {"errors"},
     "config": {"errors", "files"},
-    "chat": {"errors", "files"},
+    "markers": {"errors"},
+    "chat": {"errors", "files", "markers"},
     "snapshot": {"errors", "files", "ranks", "slices", "tensor_files"},
     "snapshot_writer": {"errors", "files", "ranks", "slices", "snapshot", "tensor_files"},
-    "budget": {"chat", "errors"},
+    "automaton": {"errors"},
+    "budget": {"automaton", "chat", "errors"},
     "balance": set(),
     "packing": {"chat"},
     "rows": {"chat", "config", "errors", "files", "hub"},
@@ -64,8 +66,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer": {"balance", "chat", "checkpoint", "config", "errors", "exposed", "files", "gauges"}
     | {"hub", "metrics", "model", "optimizer", "packing", "parallel", "profile", "ranks", "rows"}
     | {"selftest", "slices", "snapshot", "snapshot_writer", "step"},
-    "decoder": {"budget", "chat", "checkpoint", "errors", "hub", "kernels", "kv_cache", "model"},
-    "console": {"decoder"},
+    "tensor_parallel": {"checkpoint", "errors", "model"},
+    "request": {"automaton", "budget", "chat", "errors"},
+    "row": {"automaton", "chat", "request"},
+    "scheduler": {"kv_cache", "row"},
+    "speculate": {"row"},
+    "tree": {"automaton", "request", "row"},
+    "loop": {"automaton", "kernels", "kv_cache", "model", "request", "row", "scheduler"}
+    | {"speculate", "tree"},
+    "handle": {"request"},
+    "decoder": {"budget", "chat", "checkpoint", "errors", "handle", "hub", "kv_cache", "loop"}
+    | {"markers", "model", "request", "row", "tensor_parallel", "tree"},
+    "console": {"decoder", "request"},
     "demo_tasks": {"files"},
     "demo": {
         "budget",

@@ -51,6 +51,8 @@ CLASSIFIER = (
 )
 SOLVING = Sampling(temperature=0.05, max_tokens=32768)
 """s1's for the two models."""
+GRADING = Sampling(max_tokens=8192)
+"""s1's for the grader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,22 +190,27 @@ def _grade(
         return {
             r["question_hash"]: verify(answers[r["question_hash"]], r["solution"]) for r in able
         }
-    tasks = [_grading_task(row, answers[row["question_hash"]]) for row in able]
-    replies = _replies("grader", config.grader, tasks, config, console, Sampling(max_tokens=8192))
-    grades = {}
-    for row, task in zip(able, tasks, strict=True):
-        last = (replies.get(task.key, "").split() or [""])[-1].strip(".*").lower()
-        grades[row["question_hash"]] = {"yes": True, "no": False}.get(last)
-    return grades
+    tasks = [
+        grading_task(row["question"], row["solution"], answers[row["question_hash"]])
+        for row in able
+    ]
+    replies = _replies("grader", config.grader, tasks, config, console, GRADING)
+    return {
+        row["question_hash"]: verdict(replies.get(task.key, ""))
+        for row, task in zip(able, tasks, strict=True)
+    }
 
 
-def _grading_task(row: Row, answer: str) -> Task:
-    """Keyed by question and attempt, so that all three answers share one store."""
-    text = (
-        f"## Problem\n{row['question']}\n\n## Attempt\n{answer}\n\n"
-        f"## Correct answer\n{row['solution']}"
-    )
-    return Task(key=row["question_hash"] + question_hash(text), question=text, system=GRADER)
+def grading_task(question: str, solution: str, attempt: str) -> Task:
+    """What a grader is asked. Its key holds question and attempt: all attempts share one store."""
+    text = f"## Problem\n{question}\n\n## Attempt\n{attempt}\n\n## Correct answer\n{solution}"
+    return Task(key=question_hash(question) + question_hash(text), question=text, system=GRADER)
+
+
+def verdict(reply: str) -> bool | None:
+    """The Yes or No that a grader's reply ends with; None if it does not."""
+    last = (reply.split() or [""])[-1].strip(".*").lower()
+    return {"yes": True, "no": False}.get(last)
 
 
 def _classify(

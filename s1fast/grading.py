@@ -1,9 +1,9 @@
 """Is the answer right? Found in the text by s1's rules, graded without an API key.
 
-What counts as the answer (simplescaling/s1, lm_eval/tasks/openai_math/utils.py): the last \\boxed{}
-or \\fbox{}; else what follows "Answer:", which a cut thought's forced "Final Answer:" writes; else the
-whole text. s1's pattern takes everything from the first "Answer:" and leaves the rest to gpt-4o-mini;
-without that, the last one counts. Then
+What counts as the answer (simplescaling/s1, lm_eval/tasks/openai_math/utils.py): the last
+\\boxed{} or \\fbox{}; else what follows "Answer:", as a cut thought's forced "Final Answer:" does;
+else the whole text. s1's pattern takes everything from the first "Answer:" and leaves the rest to
+gpt-4o-mini; without that, the last one counts. Then
 
     integer   digits are compared as numbers; anything else as mathematics
     math      math-verify: equal as expressions, sets, intervals, matrices, words
@@ -11,8 +11,8 @@ without that, the last one counts. Then
               it finds none: here that is wrong
 
 Grading runs in worker processes (`python -m s1fast.grading`, one JSON line each way). What a model
-writes can keep computer algebra busy for ever, or fill the memory, in code that no signal interrupts:
-a worker over its time limit is killed, and the answer is wrong.
+writes can keep computer algebra busy for ever, or fill the memory, in code that no signal
+interrupts: a worker over its time limit is killed, and the answer is wrong.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _letter(text: str, choices: Sequence[str]) -> str | None:
     alone = re.fullmatch(r"\W*([A-Da-d])\W*", bare)
     if alone:
         return alone[1].upper()
-    leading = re.match(r"[\W_]*([A-D])(?:[\W_]*[).:,*]|\s*\n|\s*[-–—]\s)", bare)
+    leading = re.match(r"[\W_]*([A-D])(?:[\W_]*[).:,*]|\s*\n|\s*[-\u2013\u2014]\s)", bare)
     if leading:
         return leading[1]
     said = re.findall(r"(?i:answer|choice|option)(?:\s+is)?[\s:*({$]*([A-D])(?![\w'])", bare)
@@ -169,9 +169,7 @@ def _grade_math(gold: str, text: str, rule: str) -> Grade:
     other = _other_base(gold, shown)
     if correct and other:
         correct, why = False, f"{rule}: {other}"
-    return Grade(
-        correct=correct, extracted=shown[-500:], vote=vote[:500], why=why, decided=correct
-    )
+    return Grade(correct=correct, extracted=shown[-500:], vote=vote[:500], why=why, decided=correct)
 
 
 def _is_bare_latex(text: str) -> bool:
@@ -301,7 +299,7 @@ class _Worker:
         )
         if not _line(self._process, START_S):
             self.stop()
-            raise InputError("grading: a worker process did not start; try python -m s1fast.grading")
+            raise InputError("grading: no worker process starts; see python -m s1fast.grading")
         return self._process
 
     def stop(self) -> None:

@@ -1,6 +1,6 @@
 """The paper's measures of test-time scaling, and how sure one can be of them.
 
-For runs a with a mean of x_a thinking tokens and an accuracy of f_a percent (arXiv 2501.19393, 3.2):
+For runs a with a mean of x_a thinking tokens and an accuracy of f_a percent (arXiv 2501.19393):
 
     Control      share of runs whose x_a lies within what was asked for, percent
     Scaling      mean over all pairs x_b > x_a of (f_b - f_a) / (x_b - x_a)

@@ -38,9 +38,9 @@ STYLES = {
         "your work."
     ),
     "long": (
-        "\n\nAnswer after a long amount of thinking. If you feel like you are finished early, spend "
-        "the extra time trying to double-check your work until you are absolutely sure that you "
-        "have the correct answer."
+        "\n\nAnswer after a long amount of thinking. If you feel like you are finished early, "
+        "spend the extra time trying to double-check your work until you are absolutely sure that "
+        "you have the correct answer."
     ),
 }
 """What is appended to a problem. short and long are the paper's class-conditional control."""
@@ -92,7 +92,7 @@ def load(spec: str, rows: int | None = None) -> list[Problem]:
     if rows is not None and rows < 1:
         raise InputError(f"--rows: must be at least 1, got {rows}")
     path = find(local) if local else find(task.dataset, "dataset", task.files)
-    problems = []
+    problems: list[Problem] = []
     for where, row in _rows(path, task):
         if rows is not None and len(problems) == rows:
             break
@@ -208,9 +208,7 @@ TASKS: dict[str, Task] = {
     ),
     "aime25": Task(dataset="TIGER-Lab/AIME25", files=_WHOLE, kind="integer", read=_aime),
     "math500": Task(dataset="simplescaling/openaimath", files=_TEST, kind="math", read=_math),
-    "gpqa": Task(
-        dataset="Idavidrein/gpqa", files=("gpqa_diamond.csv",), kind="letter", read=_gpqa
-    ),
+    "gpqa": Task(dataset="Idavidrein/gpqa", files=("gpqa_diamond.csv",), kind="letter", read=_gpqa),
     "gsm8k": Task(
         dataset="openai/gsm8k",
         files=("main/test*.parquet", "*gsm8k_test.jsonl"),

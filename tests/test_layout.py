@@ -54,8 +54,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
     "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "packing", "trainer"},
-    "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
-    | {"recipes", "trainer"},
+    "tasks": {"errors", "files", "hub", "rows"},
+    "grading": {"errors"},
+    "scaling": set(),
+    "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "tasks"},
+    "curves": {"errors", "files", "scaling"},
+    "results": {"answers", "curves", "errors", "files", "grading", "recipes", "scaling", "tasks"},
+    "evaluate": {"answers", "errors", "files", "metrics", "recipes", "results", "tasks"},
+    "cli": {"__init__", "bench", "budget", "config", "console", "curves", "decoder", "demo"}
+    | {"errors", "evaluate", "recipes", "trainer"},
     "__main__": {"cli"},
 }
 

@@ -273,7 +273,10 @@ class _Worker:
 
     def ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any] | None:
         """The reply; None if it did not come in time or the process died over it."""
-        process = self._process or self._start()
+        process = self._process
+        if process is None or process.poll() is not None:  # killed from outside, for its memory
+            self.stop()
+            process = self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -25,10 +25,10 @@ from tokenizers.decoders import DecodeStream
 
 from s1fast.errors import InputError
 from s1fast.files import read_bytes, read_json_object
+from s1fast.markers import S1, choose
 
-THINK_START = "<|im_start|>think"
-THINK_END = "<|im_start|>answer"
-END_TOKENS = ("<|im_start|>", "<|im_end|>")
+THINK_START = S1.start
+THINK_END = S1.answer
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
@@ -69,6 +69,9 @@ class Chat:
         self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         """Ids from here on are padding of the embedding: never valid, never sampled."""
         self.stop_ids = frozenset(stop_ids)
+        self.markers = S1
+        """Between which the model thinks."""
+        self.choose_markers("auto")
 
     @staticmethod
     def load(folder: Path) -> Chat:
@@ -79,6 +82,11 @@ class Chat:
         tokenizer = load_tokenizer(path)
         stop_ids, named = _stop_ids(folder, tokenizer), _special_tokens(folder)
         return Chat(tokenizer, _template(folder), stop_ids, str(folder), named)
+
+    def choose_markers(self, name: str) -> None:
+        """Takes the markers of that name (markers.py), or for "auto" those of the vocabulary."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self.markers = choose(name, frozenset(token.content for token in added))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; special tokens written out in it become their ids."""
@@ -116,11 +124,13 @@ class Chat:
 
         Args:
             prompt: the user's question, or messages of {"role", "content"}.
-            think: end with the start-of-thinking marker, as s1 does.
+            think: end with the start-of-thinking marker, as s1 does; some templates write it.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = self.render(messages, add_generation_prompt=True)
-        return self.encode(text + THINK_START if think else text)
+        if think and not text.rstrip().endswith(self.markers.start):
+            text += self.markers.opening
+        return self.encode(text)
 
     def marker_id(self, token: str) -> int:
         """Id of a marker that must be one token of the vocabulary."""
@@ -188,11 +198,29 @@ class TextStream:
     def __init__(self, chat: Chat) -> None:
         self._chat = chat
         self._stream = DecodeStream(skip_special_tokens=False)
+        self._shown: list[int] = []  # the ids of the last text that was handed out
+        self._held: list[int] = []  # those after it
 
     def push(self, ids: Sequence[int]) -> str:
+        return "".join(map(self._step, ids))
+
+    def flush(self) -> str:
+        """The text of bytes held back, which nothing that follows may complete: what comes next
+        begins a character of its own."""
+        if not self._held:
+            return ""
+        text = self._chat.decode(self._held)
+        self._stream, self._held = DecodeStream(skip_special_tokens=False), []
+        self.push(self._shown)  # some decoders drop the space before a text's first word
+        return text
+
+    def _step(self, i: int) -> str:
         with _named(self._chat.where, "the tokenizer failed on ids"):
-            pieces = [self._stream.step(self._chat.tokenizer, i) for i in ids]
-        return "".join(piece for piece in pieces if piece)
+            text = self._stream.step(self._chat.tokenizer, i)
+        self._held.append(i)
+        if text:
+            self._shown, self._held = self._held, []
+        return text or ""
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -98,15 +98,22 @@ class Reader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start to stop of a tensor, in its stored dtype; only these are read."""
+    def rows(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Rows start to stop of a tensor, in its stored dtype; only these are read. Of a matrix,
+        if asked, a range of columns."""
         part = self._slice(name)
         if part.get_dtype() not in _DTYPES:
             raise InputError(
                 f"{self.folder / self.file_of[name]}: {name} is stored as {part.get_dtype()}; "
                 f"expected one of {', '.join(_DTYPES)}"
             )
-        return part[start:stop]
+        return part[start:stop] if columns is None else part[start:stop, slice(*columns)]
 
     def _slice(self, name: str) -> Any:
         file = self.file_of[name]

@@ -1,229 +1,63 @@
-"""The decoding engine: prompts, sampling parameters and a thinking budget in, text out.
+"""The decoding engine: prompts, sampling parameters and thinking budgets in, text out.
 
-Every step is one packed stream: each running row brings the tokens that the cache does not hold
-yet, one in plain decoding, a whole forced string at once after an intervention. A row's automaton
-(budget.py) decides what becomes of the token that is sampled.
+Any number of threads and coroutines may ask at once. One thread of the engine's own runs all
+requests together, a step at a time (loop.py), while there are any.
 
 Floor of a step at batch 1: the weights are read once, 2 bytes a parameter in bf16; 32.8e9 of them
-at 3.0 TB/s: 22 ms.
+at 3.0 TB/s: 22 ms. Measured on an H100: not yet.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from s1fast.budget import Automaton, Budget, Move, Phase, compile_program
-from s1fast.chat import Chat, Message, TextStream
+from s1fast.budget import Budget
+from s1fast.chat import Chat
 from s1fast.checkpoint import load_model
 from s1fast.errors import InputError
+from s1fast.handle import Cancelled, Handle
 from s1fast.hub import find
-from s1fast.kernels.sample import sample
-from s1fast.kv_cache import KVCache
-from s1fast.model import Model
+from s1fast.kv_cache import PAGE_SIZE, KVCache, Pages
+from s1fast.loop import Loop, Stats
+from s1fast.markers import MarkersName
+from s1fast.model import Model, ModelConfig
+from s1fast.request import (
+    Cell,
+    Completion,
+    Piece,
+    Prompt,
+    Request,
+    SamplingParams,
+    compile_request,
+)
+from s1fast.row import Row
+from s1fast.tensor_parallel import Ranks, load_shard
+from s1fast.tree import trunk_first
 
-COLDEST = 1e-6
-"""Least temperature above 0: logits divided by it stay far inside fp32."""
+CACHE_BYTES = 2 << 30
+"""Default size of the cache on a CPU, where the context is not larger; only what is used of it is
+ever touched."""
 
-Prompt = str | Sequence[int] | Sequence[Message]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How tokens are drawn, under vLLM's names. Raises an InputError naming a bad field."""
-
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Sample among the k likeliest; 0 for all."""
-    top_p: float = 1.0
-    """Sample among the likeliest that together have this probability."""
-    min_p: float = 0.0
-    """Leave out tokens less likely than this share of the likeliest."""
-    seed: int = 0
-    """A request's draws depend on this, the sample's index and the position alone."""
-    n: int = 1
-    """Samples per prompt."""
-    max_tokens: int | None = None
-    """Most tokens generated, thinking and appended texts included; None for the whole context."""
-    stop: Sequence[str] = ()
-    """Texts that end the answer; they are not part of it."""
-    stop_token_ids: Sequence[int] = ()
-    """Further ids that end the answer, beside the model's own."""
-
-    def __post_init__(self) -> None:
-        rules = [
-            (
-                "temperature",
-                _number(self.temperature, 0, math.inf) and not 0 < self.temperature < COLDEST,
-                f"0 or a number from {COLDEST}",
-            ),
-            ("top_k", type(self.top_k) is int and self.top_k >= 0, "a count"),
-            ("top_p", _number(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
-            ("min_p", _number(self.min_p, 0, 1), "in [0, 1]"),
-            ("seed", type(self.seed) is int and 0 <= self.seed < 1 << 64, "in 0..2^64-1"),
-            ("n", type(self.n) is int and self.n >= 1, "at least 1"),
-            ("stop", _all_are(self.stop, str) and all(self.stop), "a list of non-empty texts"),
-            ("stop_token_ids", _all_are(self.stop_token_ids, int), "a list of ids"),
-        ]
-        for name, holds, rule in rules:
-            if not holds:
-                raise InputError(f"{name} must be {rule}, got {getattr(self, name)!r}")
-
-
-def _number(value: object, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value <= high and value != math.inf  # type: ignore[operator]
-
-
-def _all_are(values: object, kind: type) -> bool:
-    return isinstance(values, list | tuple) and all(type(value) is kind for value in values)
-
-
-Kind = Literal["thinking", "answer", "ignore", "end"]
-"""Of a piece of output: what the model thought or answered, an appended ignore text, and the marker
-(with the final text, when thinking was cut) that leads from thinking to the answer."""
+Budgets = Sequence[int | Literal["auto"] | None]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text of one kind, as it is streamed."""
+class _Sample:
+    """What the loop is told of one sample of a request."""
 
-    index: int
-    """Which prompt."""
-    sample: int
-    """Which of its n samples."""
-    kind: Kind
-    text: str
-    ids: tuple[int, ...]
-
-
-@dataclass
-class Completion:
-    """One finished sample."""
-
+    job: int
+    order: tuple[int, ...]
     index: int
     sample: int
     prompt_ids: list[int]
-    token_ids: list[int] = field(default_factory=list)
-    """Everything after the prompt, appended ids included, the final stop id not."""
-    thinking: str = ""
-    """What was thought, ignore texts included."""
-    answer: str = ""
-    """What follows the answer marker, final text included."""
-    thinking_tokens: int = 0
-    waits_used: int = 0
-    thinking_end: Literal["natural", "length"] | None = None
-    """How thinking ended; None if it never began or never ended."""
-    finish_reason: Literal["stop", "length"] | None = None
-    pieces: list[Piece] = field(default_factory=list)
-
-
-class _Row:
-    """A running sample: its tokens, its automaton, and the text made of them so far."""
-
-    def __init__(
-        self,
-        index: int,
-        sample: int,
-        prompt_ids: list[int],
-        automaton: Automaton,
-        chat: Chat,
-        params: SamplingParams,
-    ) -> None:
-        self.automaton, self.params = automaton, params
-        self.ids = list(prompt_ids)
-        self.cached = 0
-        """So many of ids have their keys and values in the cache."""
-        self.done = Completion(index, sample, list(prompt_ids))
-        self._text = TextStream(chat)
-        self._text.push(prompt_ids[-8:])  # the seam between prompt and output decodes as one text
-        self._held: list[tuple[Kind, int]] = []
-        self._unstopped = ""
-        self._apply(automaton.begin(), None, "thinking")
-
-    @property
-    def pending(self) -> list[int]:
-        """Tokens that the next step feeds: at least one, the last, to sample after it."""
-        return self.ids[min(self.cached, len(self.ids) - 1) :]
-
-    def take(self, token: int) -> list[Piece]:
-        """Lets the automaton judge a sampled token; returns the output that is certain now."""
-        self.cached = len(self.ids)
-        kind: Kind = "thinking" if self.automaton.phase is Phase.THINK else "answer"
-        return self._apply(self.automaton.step(token), token, kind)
-
-    def _apply(self, move: Move, token: int | None, kind: Kind) -> list[Piece]:
-        if token is not None and move.keep:
-            self.ids.append(token)
-            self._held.append((kind, token))
-        if move.cut:
-            del self.ids[-move.cut :], self._held[-move.cut :]
-        self.cached = min(self.cached, len(self.ids))
-        self.ids += move.append
-        self._held += [("ignore", i) for i in move.ignore] + [("end", i) for i in move.end]
-        return self._release()
-
-    def _release(self) -> list[Piece]:
-        """Turns held tokens into pieces. In thinking under harness accounting, those beyond the
-        maximum may yet be cut and stay held."""
-        p = self.automaton.program
-        count = len(self._held)
-        if p.harness and p.max_thinking is not None and self.automaton.phase is Phase.THINK:
-            released = len(self.ids) - len(self.done.prompt_ids) - len(self._held)
-            count = max(0, min(count, p.max_thinking - p.thought - released))
-        ready, self._held = self._held[:count], self._held[count:]
-        pieces: list[Piece] = []
-        while ready:
-            kind = ready[0][0]
-            ids = []
-            while ready and ready[0][0] == kind:
-                ids.append(ready.pop(0)[1])
-            pieces += self._piece(kind, ids)
-        if self.automaton.phase is Phase.DONE and self._unstopped:
-            pieces += self._emit("answer", [], self._unstopped)
-            self._unstopped = ""
-        return pieces
-
-    def _piece(self, kind: Kind, ids: list[int]) -> list[Piece]:
-        text = self._text.push(ids)
-        if kind != "answer" or not self.params.stop:
-            return self._emit(kind, ids, text)
-        # Hold back what may be the beginning of a stop text.
-        self._unstopped += text
-        found = [i for stop in self.params.stop if (i := self._unstopped.find(stop)) >= 0]
-        if found:
-            text, self._unstopped = self._unstopped[: min(found)], ""
-            self.automaton.finish()
-            return self._emit(kind, ids, text)
-        keep = max(len(stop) for stop in self.params.stop) - 1
-        cut = max(0, len(self._unstopped) - keep)
-        text, self._unstopped = self._unstopped[:cut], self._unstopped[cut:]
-        return self._emit(kind, ids, text)
-
-    def _emit(self, kind: Kind, ids: list[int], text: str) -> list[Piece]:
-        piece = Piece(self.done.index, self.done.sample, kind, text, tuple(ids))
-        self.done.pieces.append(piece)
-        self.done.token_ids += ids
-        return [piece]
-
-    def completion(self) -> Completion:
-        """The finished sample."""
-        done, automaton = self.done, self.automaton
-        done.thinking = "".join(p.text for p in done.pieces if p.kind in ("thinking", "ignore"))
-        ended = "".join(p.text for p in done.pieces if p.kind == "end")
-        answer = "".join(p.text for p in done.pieces if p.kind == "answer")
-        done.answer = ended.partition("<|im_start|>answer")[2] + answer
-        done.thinking_tokens = automaton.thinking
-        done.waits_used = automaton.waits
-        done.thinking_end = automaton.thinking_end
-        done.finish_reason = automaton.finish_reason
-        return done
+    params: SamplingParams
+    cells: list[Cell]
 
 
 class Engine:
@@ -233,10 +67,19 @@ class Engine:
         model: folder in Hugging Face format, or a hub id.
         device: "auto" takes a GPU if there is one.
         dtype: of weights and arithmetic; "auto" is bfloat16 on GPU and float32 on CPU.
+        markers: between which the model thinks; "auto" goes by the vocabulary (markers.py).
         max_batch: rows that run together; more wait for a place in order.
+        step_tokens: token slots of a step; rows first, then prompts, a chunk of them each step.
+        cache_tokens: positions of the cache; None: 2 GiB of them on a CPU, most of what is free on
+            a GPU, and one whole context at least.
+        reuse_prompts: whether prompts take over what was computed of an equal beginning before.
+        speculate: most draft tokens a row brings to a step, out of its own text; never changes
+            what is drawn.
+        ranks: tensor parallelism; every rank of the process group makes the same Engine, rank 0
+            is asked and the others call `follow`.
 
     Raises:
-        InputError: whatever is wrong with the folder.
+        InputError: whatever is wrong with the folder or an argument.
     """
 
     def __init__(
@@ -245,10 +88,22 @@ class Engine:
         *,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        markers: MarkersName = "auto",
         max_batch: int = 64,
+        step_tokens: int = 512,
+        cache_tokens: int | None = None,
+        reuse_prompts: bool = True,
+        speculate: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
-        if max_batch < 1:
-            raise InputError(f"max_batch must be at least 1, got {max_batch}")
+        for name, value, least in (
+            ("max_batch", max_batch, 1),
+            ("step_tokens", step_tokens, max_batch if type(max_batch) is int else 1),
+            ("speculate", speculate, 0),
+            ("cache_tokens", PAGE_SIZE if cache_tokens is None else cache_tokens, PAGE_SIZE),
+        ):
+            if type(value) is not int or value < least:
+                raise InputError(f"{name} must be at least {least}, got {value!r}")
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("device: cuda was asked for, but torch sees no CUDA device")
         cuda = torch.cuda.is_available() and device != "cpu"
@@ -256,150 +111,295 @@ class Engine:
             dtype = "bfloat16" if cuda else "float32"
         folder = find(str(model))
         self.chat = Chat.load(folder)
+        self.chat.choose_markers(markers)
         self.device = torch.device("cuda" if cuda else "cpu")
-        self.model: Model = load_model(folder, self.device, getattr(torch, dtype))
+        kind = getattr(torch, dtype)
+        self.model: Model = (
+            load_model(folder, self.device, kind)
+            if ranks is None
+            else load_shard(folder, self.device, kind, ranks)
+        )
         self.model.requires_grad_(False)
-        self.max_batch = max_batch
         if self.chat.vocab_size > self.model.config.vocab_size:
             raise InputError(f"{folder}: tokenizer.json has more ids than config.json's vocab_size")
+        self.max_batch, self.context = max_batch, self.model.config.max_position_embeddings
+        count = _num_pages(self.model.config, kind, self.device, max_batch, cache_tokens)
+        self.pages = Pages(count, reuse=reuse_prompts)
+        cache = KVCache(self.model.config, count, max_batch, self.device, kind)
+        self._ranks = ranks
+        self._loop = Loop(
+            self.model,
+            self.chat.vocab_size,
+            self.pages,
+            cache,
+            max_rows=max_batch,
+            max_slots=step_tokens,
+            speculate=speculate,
+            reduce=None if ranks is None else ranks.reduce,
+            agree=(lambda x: x) if ranks is None else ranks.agree,
+            emit=self._emit,
+            fail=self._fail,
+        )
+        self._lock = threading.Lock()
+        self._handles: dict[int, Handle] = {}
+        self._fresh: list[_Sample] = []
+        self._cancelled: list[int] = []
+        self._thread: threading.Thread | None = None
+        self._jobs = 0
+
+    @property
+    def stats(self) -> Stats:
+        """What the engine has done since it was made."""
+        return self._loop.stats
+
+    # -- asking -----------------------------------------------------------------------------
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | None = None,
         budget: Budget | None = None,
+        *,
+        budgets: Budgets | None = None,
+        num_ignores: Sequence[int | None] | None = None,
     ) -> list[Completion]:
-        """Completes every prompt, n samples each, in the prompts' order.
+        """Completes every prompt, n samples each.
 
         Args:
             prompts: questions, conversations, or token ids that are taken as they are. Questions
                 and conversations go through the chat template, and with a budget end with the
                 start-of-thinking marker.
             params, budget: see there; no budget is plain generation.
+            budgets, num_ignores: values of max_thinking_tokens and num_ignore: one completion for
+                every pair, with the rest of `budget`, from one decode (tree.py). `cost` tells what
+                that saved.
+
+        Returns:
+            Completions in the order (prompt, sample, budgets, num_ignores), each with the budget
+            of its own cell.
 
         Raises:
             InputError: a prompt or budget that cannot be honoured, naming it, before any work.
         """
-        run = _Run(self, prompts, params or SamplingParams(), budget)
-        for _ in run.pieces():
-            pass
-        return sorted(run.finished, key=lambda c: (c.index, c.sample))
+        handles = self._submit_all(self._requests(prompts, params, budget, budgets, num_ignores))
+        try:
+            return [done for handle in handles for done in handle.result()]
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    async def generate_async(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        budget: Budget | None = None,
+        *,
+        budgets: Budgets | None = None,
+        num_ignores: Sequence[int | None] | None = None,
+    ) -> list[Completion]:
+        """As generate, without blocking the event loop; cancelled with its task."""
+        handles = self._submit_all(self._requests(prompts, params, budget, budgets, num_ignores))
+        try:
+            return [done for handle in handles for done in await handle.aresult()]
+        finally:
+            for handle in handles:
+                handle.cancel()
 
     def stream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         budget: Budget | None = None,
+        *,
+        budgets: Budgets | None = None,
+        num_ignores: Sequence[int | None] | None = None,
     ) -> Iterator[Piece | Completion]:
-        """Completes one prompt piece by piece; the finished Completion comes last."""
-        run = _Run(self, [prompt], params or SamplingParams(), budget)
-        yield from run.pieces()
-        yield from run.finished
+        """Completes one prompt piece by piece; the finished Completions come last. Of a grid the
+        pieces of its longest cell are shown. Whoever stops reading cancels."""
+        (request,) = self._requests([prompt], params, budget, budgets, num_ignores)
+        handle = self.submit(request)
+        try:
+            yield from handle
+        finally:
+            handle.cancel()
 
-
-class _Run:
-    """One call of generate: waiting rows, running rows, the cache."""
-
-    def __init__(
+    async def stream_async(
         self,
-        engine: Engine,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        budget: Budget | None,
-    ) -> None:
-        self.engine, self.params = engine, params
-        self.finished: list[Completion] = []
-        self.waiting: list[_Row] = []
-        self._first: list[Piece] = []
-        for index, prompt in enumerate(prompts):
-            ids = self._prompt_ids(prompt, think=budget is not None)
-            program = compile_program(
-                budget,
-                engine.chat,
-                ids,
-                context=engine.model.config.max_position_embeddings,
-                max_tokens=params.max_tokens,
-                stop_ids=engine.chat.stop_ids | frozenset(params.stop_token_ids),
-            )
-            for sample_index in range(params.n):
-                automaton = Automaton(program)
-                self.waiting.append(_Row(index, sample_index, ids, automaton, engine.chat, params))
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        budget: Budget | None = None,
+        *,
+        budgets: Budgets | None = None,
+        num_ignores: Sequence[int | None] | None = None,
+    ) -> AsyncIterator[Piece | Completion]:
+        """As stream, for an async for."""
+        (request,) = self._requests([prompt], params, budget, budgets, num_ignores)
+        handle = self.submit(request)
+        try:
+            async for item in handle:
+                yield item
+        finally:
+            handle.cancel()
 
-    def _prompt_ids(self, prompt: Prompt, think: bool) -> list[int]:
-        chat = self.engine.chat
-        if isinstance(prompt, str):
-            return chat.prompt_ids(prompt, think=think)
-        if prompt and isinstance(prompt[0], dict):
-            return chat.prompt_ids(prompt, think=think)  # type: ignore[arg-type]
-        ids = list(prompt)
-        bad = [i for i in ids if type(i) is not int or not 0 <= i < chat.vocab_size]
-        if bad:
-            raise InputError(f"prompt: {bad[0]!r} is no token id below {chat.vocab_size}")
-        return ids  # type: ignore[return-value]
+    def submit(self, request: Request) -> Handle:
+        """Queues a request and returns at once; any thread may.
+
+        Raises:
+            InputError: a request that cannot be honoured, naming what.
+        """
+        return self._submit_all([request], streaming=True)[0]
+
+    def cancel(self, handle: Handle) -> None:
+        """Stops a request, if it is not done: its pages are free after the step that runs now."""
+        with self._lock:
+            if self._handles.pop(handle.job, None) is not None:
+                self._cancelled.append(handle.job)
+        handle.fail(Cancelled(f"request {handle.job} was cancelled"))
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None,
+        budget: Budget | None,
+        budgets: Budgets | None,
+        num_ignores: Sequence[int | None] | None,
+    ) -> list[Request]:
+        return [
+            Request(
+                prompt=prompt,
+                params=params or SamplingParams(),
+                budget=budget,
+                budgets=budgets,
+                num_ignores=num_ignores,
+            )
+            for prompt in prompts
+        ]
+
+    def _submit_all(self, requests: Sequence[Request], streaming: bool = False) -> list[Handle]:
+        """All of them or, where one cannot be honoured, none."""
+        if self._ranks is not None and self._ranks.rank:
+            raise InputError("ranks: only rank 0 is asked; the others call Engine.follow")
+        compiled = [compile_request(request, self.chat, self.context) for request in requests]
+        for request, (ids, cells) in zip(requests, compiled, strict=True):
+            self._check_fits(request, ids, cells)
+        handles = []
+        with self._lock:
+            for index, (request, (ids, cells)) in enumerate(zip(requests, compiled, strict=True)):
+                self._jobs += 1
+                job, n = self._jobs, request.params.n
+                handle = Handle(job, n, len(cells), self.cancel, streaming)
+                self._handles[job] = handle
+                handles.append(handle)
+                ordered = trunk_first(cells)
+                for i in range(n):
+                    what = (ids, request.params, ordered)
+                    self._fresh.append(_Sample(job, (job, i), index, i, *what))
+            if self._thread is None and handles:
+                self._thread = threading.Thread(target=self._run, name="s1fast")
+                self._thread.start()
+        return handles
+
+    def _check_fits(self, request: Request, ids: list[int], cells: list[Cell]) -> None:
+        """Refuses what could never run, however long it waited."""
+        longest = max(
+            cell.program.room if cell.program.harness else cell.program.max_tokens for cell in cells
+        )
+        needed = -(-(len(ids) + longest + 1) // PAGE_SIZE) * PAGE_SIZE
+        have = (self.pages.count - 1) * PAGE_SIZE
+        if needed > have:
+            raise InputError(
+                f"max_tokens {request.params.max_tokens}: with the prompt up to {needed} positions,"
+                f" the cache has {have}; ask for fewer, or make the engine with more cache_tokens"
+            )
+
+    # -- the engine's own thread ---------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Runs a rank above 0 along with rank 0, until that one calls `close`."""
+        if self._ranks is None or not self._ranks.rank:
+            raise InputError("ranks: follow is for the ranks above 0")
+        self._run()
+
+    def close(self) -> None:
+        """Lets the other ranks' `follow` return. An engine of one rank needs no closing."""
+        if self._ranks is not None and not self._ranks.rank:
+            while self._thread is not None:
+                self._thread.join()
+            self._ranks.share(None)
 
     @torch.inference_mode()
-    def pieces(self) -> Iterator[Piece]:
-        """Runs everything to its end, a full batch at a time."""
-        limit = self.engine.max_batch
-        while self.waiting:
-            rows, self.waiting = self.waiting[:limit], self.waiting[limit:]
-            for row in rows:
-                yield from row.done.pieces
-            yield from self._run_together(rows)
+    def _run(self) -> None:
+        while (orders := self._orders()) is not None:
+            fresh, cancelled = orders
+            try:
+                for job in cancelled:
+                    self._loop.remove(job)
+                for s in fresh:
+                    if s.job not in cancelled:
+                        self._loop.add(self._row(s))
+                if not self._loop.idle:
+                    self._loop.step()
+            except BaseException as error:  # no request may end the thread: all are told
+                self._loop.clear()
+                with self._lock:
+                    waiting = {s.job for s in self._fresh}
+                    running = [job for job in self._handles if job not in waiting]
+                for job in running:
+                    self._fail(job, error)
 
-    def _run_together(self, rows: list[_Row]) -> Iterator[Piece]:
-        model = self.engine.model
-        cache = KVCache(model.config, len(rows), self.engine.device, model.compute_dtype)
-        rows = self._retire(rows, cache)
-        while rows:
-            logits_BV = self._forward(rows, cache)
-            tokens = self._sample(rows, logits_BV)
-            for row, token in zip(rows, tokens, strict=True):
-                yield from row.take(token)
-            rows = self._retire(rows, cache)
+    def _fail(self, job: int, error: BaseException) -> None:
+        with self._lock:
+            handle = self._handles.pop(job, None)
+        if handle is not None:
+            handle.fail(error)
 
-    def _forward(self, rows: list[_Row], cache: KVCache) -> Tensor:
-        """Feeds every row's pending tokens; logits after each row's last one."""
-        pending = [row.pending for row in rows]
-        lengths = [len(ids) for ids in pending]
-        cache.plan([len(row.ids) - n for row, n in zip(rows, lengths, strict=True)], lengths)
-        ids_T = torch.tensor([i for ids in pending for i in ids], device=self.engine.device)
-        hidden_TD = self.engine.model(ids_T, cache.positions_T, cache.attend)
-        last_B = torch.tensor(lengths, device=self.engine.device).cumsum(0) - 1
-        return self.engine.model.logits(hidden_TD[last_B])
+    def _orders(self) -> tuple[list[_Sample], list[int]] | None:
+        """What to do before the next step; None where the thread's work is done. Rank 0 decides
+        and tells the others."""
+        ranks = self._ranks
+        if ranks is not None and ranks.rank:
+            return ranks.share(None)
+        with self._lock:
+            if not threading.main_thread().is_alive():  # the program ends: so do its requests
+                self._cancelled += self._handles
+            fresh, self._fresh = self._fresh, []
+            cancelled, self._cancelled = self._cancelled, []
+            if self._loop.idle and not fresh and not cancelled:
+                self._thread = None
+                return None
+        orders = fresh, cancelled
+        return orders if ranks is None else ranks.share(orders)
 
-    def _sample(self, rows: list[_Row], logits_BV: Tensor) -> list[int]:
-        logits_BV[:, self.engine.chat.vocab_size :] = -math.inf
-        for b, row in enumerate(rows):
-            if row.automaton.end_masked:
-                logits_BV[b, list(row.automaton.program.end_ids)] = -math.inf
-        p = self.params
-        if p.temperature == 0.0:
-            return logits_BV.argmax(-1).tolist()
-        draws = [
-            sample(
-                logits_BV[b],
-                temperature=p.temperature,
-                top_k=p.top_k,
-                top_p=p.top_p,
-                min_p=p.min_p,
-                seed=p.seed,
-                sample=row.done.sample,
-                position=len(row.ids),
-            )
-            for b, row in enumerate(rows)
-        ]
-        return torch.stack(draws).tolist()
+    def _row(self, s: _Sample) -> Row:
+        return Row(s.job, s.order, s.index, s.sample, s.prompt_ids, s.params, s.cells, self.chat)
 
-    def _retire(self, rows: list[_Row], cache: KVCache) -> list[_Row]:
-        """Moves finished rows out, filling their places in the cache from the end."""
-        running = list(rows)
-        for b in range(len(rows) - 1, -1, -1):
-            if running[b].automaton.phase is not Phase.DONE:
-                continue
-            self.finished.append(running[b].completion())
-            last = running.pop()
-            if b < len(running):
-                running[b] = last
-                cache.move(len(running), b)
-        return running
+    def _emit(self, row: Row, pieces: list[Piece], done: list[tuple[int, Completion]]) -> None:
+        handle = self._handles.get(row.job)
+        if handle is None or not (done or (pieces and handle.streaming)):
+            return
+        branch = len(row.order) > 2  # a tree shows its trunk alone
+        first = row.sample * handle.cells
+        handle.put([] if branch else pieces, [(first + number, made) for number, made in done])
+        if handle.finished:
+            with self._lock:
+                self._handles.pop(row.job, None)
+
+
+def _num_pages(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_batch: int,
+    cache_tokens: int | None,
+) -> int:
+    """Pages of the cache, the sink included."""
+    if cache_tokens is not None:
+        return 1 + -(-cache_tokens // PAGE_SIZE)
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    position_bytes = 2 * heads * config.head_dim * dtype.itemsize
+    room = CACHE_BYTES
+    if device.type == "cuda":
+        room = int(0.9 * torch.cuda.mem_get_info(device)[0])
+    context = config.max_position_embeddings + 1
+    tokens = min(max_batch * context, max(context, room // position_bytes))
+    return 1 + -(-tokens // PAGE_SIZE)

@@ -15,8 +15,6 @@ from s1fast.budget import Budget
 from s1fast.chat import CHATML, Chat, TextStream, load_tokenizer
 from s1fast.decoder import Completion, Engine, Piece, SamplingParams
 from s1fast.errors import InputError
-from s1fast.kv_cache import KVCache
-from s1fast.model import ModelConfig
 
 NEVER = 511
 """An id beyond the tokenizer: as eos_token_id it ends nothing."""
@@ -162,7 +160,7 @@ class Ascii:
                 head[i] = 0
         head[list(self.end)] *= end
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        self.chat, self.engine = chat, Engine(folder)
+        self.folder, self.chat, self.engine = folder, chat, Engine(folder)
         self.theirs = Theirs(folder, chat.vocab_size)
 
     def prompts(self, *lengths: int) -> list[list[int]]:
@@ -448,15 +446,13 @@ def test_samples_depend_on_seed_index_and_prompt_but_not_on_the_batch(restless: 
     assert engine.generate(prompts[:1], first, budget)[0].token_ids == together[0].token_ids
 
 
-def test_more_requests_than_rows_give_the_same_in_order(
-    restless: Ascii, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_requests_than_rows_give_the_same_in_order(restless: Ascii) -> None:
     prompts, budget = restless.prompts(3, 30, 11, 6, 19), Budget(max_thinking_tokens=20)
     params = SamplingParams(n=2, temperature=1.0, seed=3, max_tokens=40)
     wide = restless.engine.generate(prompts, params, budget)
     for rows in (1, 3):
-        monkeypatch.setattr(restless.engine, "max_batch", rows)
-        assert restless.engine.generate(prompts, params, budget) == wide
+        engine = Engine(restless.folder, max_batch=rows)
+        assert engine.generate(prompts, params, budget) == wide
 
 
 def test_a_trace_that_is_resumed_as_a_prompt_goes_on_the_same(writer: Ascii) -> None:
@@ -582,73 +578,14 @@ def test_streamed_bytes_add_up_to_the_text(make_model: MakeModel) -> None:
 # -- the cache ------------------------------------------------------------------------------
 
 
-def test_decoding_past_the_first_stretch_of_the_cache(writer: Ascii) -> None:
-    """The cache holds 256 positions at first and doubles; a short neighbour grows along."""
-    prompts = prompts_of(writer.chat, 250, 3, 509)
-    done = writer.engine.generate(prompts, SamplingParams(max_tokens=12))
+def test_decoding_over_many_pages_beside_short_rows(writer: Ascii) -> None:
+    """Prompts of several chunks; a page is begun, filled and passed within the twelve tokens."""
+    engine = Engine(writer.folder, step_tokens=64)
+    prompts = prompts_of(writer.chat, 250, 3, 509, 15, 16, 17)
+    done = engine.generate(prompts, SamplingParams(max_tokens=12))
     for prompt, completion in zip(prompts, done, strict=True):
         wanted = writer.theirs.greedy_after_each(prompt, completion.token_ids)
         assert completion.token_ids == wanted and len(wanted) == 12
-
-
-def test_cache_attends_over_what_each_row_wrote_last(make_model: MakeModel) -> None:
-    """Ragged steps, entries taken back, rows moved: against attention over plain lists."""
-    heads, kv_heads, width = 6, 2, 8
-    config = ModelConfig.from_json(
-        {
-            "model_type": "llama",
-            "vocab_size": 8,
-            "hidden_size": heads * width,
-            "intermediate_size": 8,
-            "num_hidden_layers": 1,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "max_position_embeddings": 1024,
-        },
-        "test",
-    )
-    cache = KVCache(config, 3, torch.device("cpu"), torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    keys: list[list[torch.Tensor]] = [[], [], []]
-    values: list[list[torch.Tensor]] = [[], [], []]
-    steps = [
-        ([0, 0, 0], [5, 1, 9]),
-        ([5, 1, 9], [1, 1, 1]),  # plain decoding
-        ([6, 2, 10], [1, 7, 3]),  # forced strings of different lengths
-        ([4, 9, 8], [2, 1, 1]),  # rows 0 and 2 take entries back
-        ([6, 10, 9], [260, 1, 1]),  # the cache grows
-        ([266, 11, 10], [1, 1, 1]),
-        ([0, 12, 11], [2, 1, 1]),  # row 0 begins anew beside others that go on
-        "move 2 to 0",
-        ([12, 13], [1, 1]),
-        ([13, 14], [2, 1]),
-        "move 1 to 0",
-        ([15], [1]),
-        ([16], [4]),
-    ]
-    for step in steps:
-        if isinstance(step, str):
-            source, target = int(step.split()[1]), int(step.split()[3])
-            cache.move(source, target)
-            keys[target], values[target] = list(keys[source]), list(values[source])
-            continue
-        starts, lengths = step
-        cache.plan(starts, lengths)
-        q = torch.randn(sum(lengths), heads, width, generator=generator)
-        k, v = torch.randn(2, sum(lengths), kv_heads, width, generator=generator)
-        got = cache.attend(0, q, k, v)
-        at = 0
-        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            for i in range(length):
-                assert int(cache.positions_T[at]) == start + i
-                keys[row][start + i :] = [k[at]]
-                values[row][start + i :] = [v[at]]
-                seen_k = torch.stack(keys[row]).repeat_interleave(heads // kv_heads, 1)
-                seen_v = torch.stack(values[row]).repeat_interleave(heads // kv_heads, 1)
-                score = torch.einsum("hk,shk->hs", q[at], seen_k) / width**0.5
-                wanted = torch.einsum("hs,shk->hk", score.softmax(-1), seen_v)
-                torch.testing.assert_close(got[at], wanted, rtol=1e-4, atol=1e-5)
-                at += 1
 
 
 def test_bfloat16_decodes(make_model: MakeModel) -> None:

@@ -1,0 +1,101 @@
+"""Tensor-parallel decoding: heads and feed-forward split over the ranks of a process group.
+
+Rank r of n keeps H/n query heads with their N/n key-value heads and F/n feed-forward units of every
+layer, so two sums over ranks a layer (after o and after down) make its output whole; embedding,
+norms and head are on every rank. Rank 0 decides what runs; before each step it tells the others,
+and what it draws holds for all. A step of T tokens sends 2 L T D elements through the sums.
+
+Floor at 8 ranks, Qwen2.5-32B in bf16, one token: 8.0 GB of weights a rank at 3.0 TB/s, 2.7 ms, and
+128 sums of 10 KB. Measured on an H100: not yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from s1fast.checkpoint import Part, Reader, check_weights, layout, read_config
+from s1fast.errors import InputError
+from s1fast.model import Model, ModelConfig
+
+
+class Ranks:
+    """The ranks that share a model: all of torch.distributed's default group, set up before.
+
+    Raises:
+        InputError: torch.distributed is not set up.
+    """
+
+    def __init__(self) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise InputError("ranks: torch.distributed is not set up; start with torchrun")
+        # An idle engine waits for its next request as long as that takes.
+        self.group: Any = dist.new_group(timeout=timedelta(days=365))
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+
+    def reduce(self, partial_TD: Tensor) -> Tensor:
+        """Sum over all ranks, the same bits on each."""
+        dist.all_reduce(partial_TD, group=self.group)
+        return partial_TD
+
+    def agree(self, drawn: Tensor) -> Tensor:
+        """Rank 0's tokens."""
+        dist.broadcast(drawn, 0, group=self.group)
+        return drawn
+
+    def share(self, orders: Any) -> Any:
+        """Rank 0's orders."""
+        box = [orders]
+        dist.broadcast_object_list(box, 0, group=self.group)
+        return box[0]
+
+
+def shard_config(config: ModelConfig, count: int, where: str) -> ModelConfig:
+    """The config of one rank's part.
+
+    Raises:
+        InputError: heads or feed-forward units that do not divide by the number of ranks.
+    """
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    for name in names:
+        if getattr(config, name) % count:
+            raise InputError(
+                f"{where}: {name} {getattr(config, name)} does not divide by {count} ranks"
+            )
+    return dataclasses.replace(config, **{name: getattr(config, name) // count for name in names})
+
+
+def load_shard(folder: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> Model:
+    """One rank's part of a folder's model; nothing else of it is ever in memory."""
+    config = read_config(folder)
+    local = shard_config(config, ranks.count, str(folder / "config.json"))
+    with torch.device("meta"):
+        reader = check_weights(Model(config, compute_dtype=dtype), folder)
+        model = Model(local, compute_dtype=dtype)
+    model.materialise(device, dtype)
+    parameters = dict(model.named_parameters())
+    whole, mine = layout(config), layout(local)
+    with torch.no_grad():
+        for ours, parts in mine.items():
+            for part, full in zip(parts, whole[ours], strict=True):
+                target = parameters[ours][part.start : part.stop]
+                target.copy_(_slice(reader, full, target, ranks.rank))
+    return model
+
+
+def _slice(reader: Reader, full: Part, target: Tensor, rank: int) -> Tensor:
+    """This rank's rows or columns of a tensor, whichever the target has fewer of."""
+    rows = len(target)
+    if rows < full.stop - full.start:
+        return reader.rows(full.name, rank * rows, (rank + 1) * rows)
+    shape = reader.shape(full.name)
+    if len(shape) == 1 or target.shape[1] == shape[1]:
+        return reader.rows(full.name)
+    columns = target.shape[1]
+    return reader.rows(full.name, columns=(rank * columns, (rank + 1) * columns))

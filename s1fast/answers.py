@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,17 +117,19 @@ Finished = Callable[[str, Record], None]
 
 
 class Local:
-    """Our engine in this process, a batch of problems at a time.
+    """Our engine in this process.
 
     Args:
-        samples: of each problem; one call of the engine draws them all.
-        separate: decode every cell from its prompt, instead of all from one budget tree.
+        cells: all of the run's; those of one style are decoded together, as one budget tree.
+        samples: of each problem, drawn by one request.
+        separate: decode every cell from its prompt instead.
     """
 
     def __init__(
         self,
         model: str,
         how: How,
+        cells: Sequence[Cell],
         *,
         samples: int,
         separate: bool,
@@ -138,57 +140,86 @@ class Local:
         from s1fast.decoder import Engine
 
         self._engine = Engine(model, device=device, dtype=dtype, max_batch=max_batch)
-        self._how, self._samples, self._separate = how, samples, separate
-        self._batch = max(1, max_batch // samples)
-        self.tokens = 0
-        """Decoded so far."""
+        self._how, self._cells, self._samples = how, cells, samples
+        self._separate = separate
+        # Requests under way: a batch full of rows, and as many waiting for their places.
+        self._window = max(2, 2 * max_batch // samples) if max_batch > 1 else 1
+        self.drawn = self.drawn_separately = 0
+        """Tokens drawn so far, and how many it would have been cell by cell."""
 
     def answer(self, asks: Sequence[Ask], finished: Finished) -> None:
-        """Answers them all. What is lost when the process dies is the batch under way.
+        """Answers them all; what is lost when the process dies are the problems under way.
 
         The longest questions come first, so that what does not fit the context shows at once.
-        """
-        for cells, problems in self._units(asks):
-            for i in range(0, len(problems), self._batch):
-                for ask, reply in self._decode(problems[i : i + self._batch], cells):
-                    finished(ask.key, ask.record(reply))
 
-    def draw(self, asks: Sequence[Ask], finished: Finished) -> None:
-        """One try each of rejection sampling: asks of one cell and one sample, which is the try."""
-        cell, attempt = asks[0].cell, asks[0].sample
-        assert cell.reject is not None
-        limit = Cell(cell.style, cell.reject + 1)  # one more: an end right at the limit is seen
-        for i in range(0, len(asks), self._batch):
-            some = asks[i : i + self._batch]
-            done = self._generate([ask.prompt for ask in some], limit, 1, self._how.seed + attempt)
-            for ask, completion in zip(some, done, strict=True):
+        Raises:
+            InputError: a budget that a prompt leaves no room for.
+        """
+        units: dict[tuple[str, str, tuple[Cell, ...]], Problem] = {}
+        for ask in asks:
+            cells = [cell for cell in self._cells if cell.style == ask.cell.style]
+            together = (ask.cell,) if self._separate else tuple(cells)
+            units[ask.problem.task, ask.problem.id, together] = ask.problem
+
+        async def one(problem: Problem, cells: Sequence[Cell]) -> None:
+            done = await self._generate(problem, cells, self._samples, self._how.seed)
+            for i, completion in enumerate(done):
+                ask = Ask(problem, cells[i % len(cells)], completion.sample)
                 finished(ask.key, ask.record(_reply(completion)))
 
-    def _units(self, asks: Sequence[Ask]) -> Iterator[tuple[list[Cell], list[Problem]]]:
-        """Cells that are decoded together, with the problems that lack any of them."""
-        wanted: dict[tuple[Cell, ...], dict[tuple[str, str], Problem]] = {}
-        cells = list(dict.fromkeys(ask.cell for ask in asks))
-        for ask in asks:
-            together = tuple(c for c in cells if c.style == ask.cell.style)
-            together = (ask.cell,) if self._separate or len(together) == 1 else together
-            problem = ask.problem
-            wanted.setdefault(together, {})[problem.task, problem.id] = problem
-        for together, problems in wanted.items():
-            yield list(together), sorted(problems.values(), key=lambda p: -len(p.question))
+        ordered = sorted(units.items(), key=lambda unit: -len(unit[1].question))
+        self._all([lambda p=p, c=key[2]: one(p, c) for key, p in ordered])  # type: ignore[misc]
 
-    def _decode(
-        self, problems: Sequence[Problem], cells: Sequence[Cell]
-    ) -> Iterator[tuple[Ask, Record]]:
-        prompts = [problem.question + STYLES[cells[0].style] for problem in problems]
-        for cell in cells:
-            done = self._generate(prompts, cell, self._samples, self._how.seed)
-            for completion in done:
-                ask = Ask(problems[completion.index], cell, completion.sample)
-                yield ask, _reply(completion)
+    def draw(
+        self,
+        problems: Sequence[Problem],
+        cell: Cell,
+        known: dict[str, Record],
+        max_tries: int,
+        finished: Finished,
+    ) -> None:
+        """Rejection sampling: every problem is drawn until the cell accepts, known draws first."""
+        assert cell.reject is not None
+        limit = Cell(cell.style, cell.reject + 1)  # one more: an end right at the limit is seen
 
-    def _generate(self, prompts: Sequence[str], cell: Cell, n: int, seed: int) -> Any:
+        async def one(problem: Problem) -> None:
+            for attempt in range(max_tries):
+                ask = Ask(problem, cell, attempt)
+                if ask.key not in known:
+                    seed = self._how.seed + attempt
+                    (done,) = await self._generate(problem, [limit], 1, seed)
+                    finished(ask.key, ask.record(_reply(done)))
+                if cell.accepts(known[ask.key]):
+                    return
+
+        self._all([lambda p=p: one(p) for p in problems])  # type: ignore[misc]
+
+    def _all(self, works: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
+        """Runs them in order, a window at a time; the first error ends them all."""
+
+        async def run() -> None:
+            gate = asyncio.Semaphore(self._window)
+
+            async def enter(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+                async with gate:
+                    await work()
+
+            async with asyncio.TaskGroup() as group:
+                for work in works:
+                    group.create_task(enter(work))
+
+        try:
+            asyncio.run(run())
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _generate(
+        self, problem: Problem, cells: Sequence[Cell], n: int, seed: int
+    ) -> list[Any]:
+        """Completions in the order (sample, cell)."""
         from s1fast.budget import Budget
         from s1fast.decoder import SamplingParams
+        from s1fast.request import cost
 
         how = self._how
         params = SamplingParams(
@@ -201,14 +232,22 @@ class Local:
             max_tokens=how.max_tokens,
         )
         budget = Budget(
-            max_thinking_tokens=cell.budget,
-            num_ignore=cell.ignores,
+            max_thinking_tokens=cells[0].budget,
+            num_ignore=cells[0].ignores,
             ignore_text=how.ignore_text,
             final_text=how.final_text,
             accounting=how.accounting,
         )
-        done = self._engine.generate(prompts, params, budget if cell.think else None)
-        self.tokens += sum(len(completion.token_ids) for completion in done)
+        grid: dict[str, Any] = {}
+        if len(cells) > 1:
+            grid["budgets"] = list(dict.fromkeys(cell.budget for cell in cells))
+            grid["num_ignores"] = list(dict.fromkeys(cell.ignores for cell in cells))
+        prompts = [problem.question + STYLES[cells[0].style]]
+        thinks = budget if cells[0].think else None
+        done = await self._engine.generate_async(prompts, params, thinks, **grid)
+        spent = cost(done)
+        self.drawn += spent.steps
+        self.drawn_separately += spent.separate_steps
         return done
 
 

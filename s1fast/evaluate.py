@@ -19,13 +19,24 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from s1fast.answers import Ask, Cell, Endpoint, How, Local, Record, key_of, weights_digest
+from s1fast.answers import (
+    Ask,
+    Cell,
+    Endpoint,
+    Finished,
+    How,
+    Local,
+    Record,
+    key_of,
+    weights_digest,
+)
 from s1fast.errors import InputError
 from s1fast.files import make_directory, read_json_object, write_atomic
 from s1fast.metrics import duration
@@ -159,12 +170,21 @@ class Ranks:
         if ranks.world > 1:
             import torch
 
-            if torch.cuda.is_available():
-                torch.cuda.set_device(ranks.local)
+            ranks.choose_device(torch.cuda.device_count())
             if not torch.distributed.is_initialized():
                 # A rank may wait for another's whole slice.
                 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         return ranks
+
+    def choose_device(self, count: int) -> None:
+        """Lets this process see its own GPU alone, whichever thread asks."""
+        if not count:
+            return
+        if self.local >= count:
+            raise InputError(f"torchrun: local rank {self.local}, but only {count} GPUs are there")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(i) for i in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[self.local]
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -297,56 +317,62 @@ class _Run:
             for problem in self._problems
             for sample in samples
         ]
-        self._ask([ask for ask in asks if ask.key not in self._done], len(asks))
+        self._ask([ask for ask in asks if ask.key not in self._done])
 
     def _reject(self, cell: Cell) -> None:
         """Draws again and again for every problem whose thinking was too long so far."""
+        if not self._config.endpoint:
+            with self._meter(None) as meter:
+                tries = self._config.max_tries
+                self._engine.draw(self._problems, cell, self._done, tries, self._finished(meter))
+            return
         pending = list(self._problems)
         for attempt in range(self._config.max_tries):
             asks = [Ask(problem, cell, attempt) for problem in pending]
-            self._ask([ask for ask in asks if ask.key not in self._done], None)
+            self._ask([ask for ask in asks if ask.key not in self._done])
             pending = [a.problem for a in asks if not cell.accepts(self._done[a.key])]
             if not pending:
                 return
 
-    def _ask(self, asks: Sequence[Ask], total: int | None) -> None:
-        if not asks:
-            return
-        if self._config.endpoint:
+    def _ask(self, asks: Sequence[Ask]) -> None:
+        if asks and self._config.endpoint:
             self._ask_endpoint(asks)
-        else:
-            self._ask_engine(asks, total)
+        elif asks:
+            with self._meter(len(asks)) as meter:
+                self._engine.answer(asks, self._finished(meter))
 
-    def _ask_engine(self, asks: Sequence[Ask], total: int | None) -> None:
+    @cached_property
+    def _engine(self) -> Local:
         config = self._config
-        if not hasattr(self, "_local"):
-            self._local = Local(
-                self._model,
-                config.how,
-                samples=config.samples,
-                separate=config.separate,
-                device=config.device,
-                dtype=config.dtype,
-                max_batch=config.max_batch,
-            )
-        price = config.dollars_per_hour * self._ranks.world
-        with _Meter(self._local, len(asks), total, price, self._console) as meter:
+        return Local(
+            self._model,
+            config.how,
+            self._cells,
+            samples=config.samples,
+            separate=config.separate,
+            device=config.device,
+            dtype=config.dtype,
+            max_batch=config.max_batch,
+        )
 
-            def finished(key: str, record: Record) -> None:
-                if key not in self._done:
-                    self._store.put(key, record)
-                    self._done[key] = record
-                    meter.advance()
-                if self._store.full:
-                    raise InputError(
-                        f"{self._store.path}: the disk is full; what was finished is stored: free "
-                        "space and run again"
-                    )
+    def _meter(self, todo: int | None) -> _Meter:
+        price = self._config.dollars_per_hour * self._ranks.world
+        return _Meter(self._engine, todo, price, self._console)
 
-            if config.reject_above:
-                self._local.draw(asks, finished)
-            else:
-                self._local.answer(asks, finished)
+    def _finished(self, meter: _Meter) -> Finished:
+        def finished(key: str, record: Record) -> None:
+            if key in self._done:  # of a problem that a kill left half stored
+                return
+            self._store.put(key, record)
+            self._done[key] = record
+            meter.advance()
+            if self._store.full:
+                raise InputError(
+                    f"{self._store.path}: the disk is full; what was finished is stored: free "
+                    "space and run again"
+                )
+
+        return finished
 
     def _ask_endpoint(self, asks: Sequence[Ask]) -> None:
         config = self._config
@@ -364,15 +390,15 @@ class _Run:
 
 
 class _Meter:
-    """Samples done, tokens a second, time and money to go: a bar, or a line every ten seconds."""
+    """Samples done, tokens a second, time and money to go: a bar, or a line every ten seconds.
 
-    def __init__(
-        self, local: Local, todo: int, total: int | None, price: float, console: Console
-    ) -> None:
-        self._local, self._todo, self._price, self._console = local, todo, price, console
-        self._before = (total or todo) - todo
-        self._known = total is not None
-        self._count, self._tokens = 0, local.tokens
+    Args:
+        todo: samples to come; None where nobody knows, as with rejection sampling.
+    """
+
+    def __init__(self, engine: Local, todo: int | None, price: float, console: Console) -> None:
+        self._engine, self._todo, self._price, self._console = engine, todo, price, console
+        self._count, self._before = 0, engine.drawn
         self._began = self._printed = time.monotonic()
         columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
@@ -386,22 +412,30 @@ class _Meter:
     def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        elif self._count:
+            self._print(time.monotonic())
 
     def advance(self) -> None:
         self._count += 1
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self._count, description=self._line(now))
-        elif now - self._printed >= 10 or self._count == self._todo:
+        elif now - self._printed >= 10:
             self._printed = now
-            self._console.print(self._line(now), highlight=False, soft_wrap=True)
+            self._print(now)
+
+    def _print(self, now: float) -> None:
+        self._console.print(self._line(now), highlight=False, soft_wrap=True)
 
     def _line(self, now: float) -> str:
         elapsed = max(now - self._began, 1e-9)
-        tokens = self._local.tokens - self._tokens
-        of = f"{self._before + self._count} of {self._before + self._todo} samples"
-        if not self._known:
-            of = f"{self._count} of {self._todo} draws"
-        eta = duration(elapsed / self._count * (self._todo - self._count))
-        cost = f", ${self._price * elapsed / 3600:.2f}" if self._price else ""
-        return f"{of}, {tokens:,} tokens, {tokens / elapsed:,.0f} tok/s, eta {eta}{cost}"
+        drawn = self._engine.drawn - self._before
+        line = f"{self._count} samples"
+        if self._todo is not None:
+            eta = duration(elapsed / self._count * (self._todo - self._count))
+            line = f"{self._count} of {self._todo} samples, eta {eta}"
+        line += f", {drawn:,} tokens drawn, {drawn / elapsed:,.0f} tok/s"
+        if self._engine.drawn_separately > self._engine.drawn:
+            line += f" ({self._engine.drawn_separately / self._engine.drawn:.1f} times fewer drawn "
+            line += "than cell by cell)"
+        return line + (f", ${self._price * elapsed / 3600:.2f}" if self._price else "")

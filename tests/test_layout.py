@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"errors", "files", "hub", "rows"},
     "grading": {"errors"},
     "scaling": set(),
-    "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "tasks"},
+    "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "request", "tasks"},
     "curves": {"errors", "files", "scaling"},
     "results": {"answers", "curves", "errors", "files", "grading", "recipes", "scaling", "tasks"},
     "evaluate": {"answers", "errors", "files", "metrics", "recipes", "results", "tasks"},

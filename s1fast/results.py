@@ -66,7 +66,7 @@ def finish(
         console.print(table(name, task))
         for method in task["methods"]:
             console.print(measures(method), highlight=False, soft_wrap=True)
-        if any(cell["thinking_tokens"] for cell in task["cells"]):
+        if any((cell["thinking_tokens"] or {}).get("mean") for cell in task["cells"]):
             plot(name, task, identity["model"], folder / f"scaling-{name}.png")
     console.print(f"{path}, samples.jsonl and the curves beside it", highlight=False)
     return path

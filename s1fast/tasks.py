@@ -15,6 +15,7 @@ import difflib
 import fnmatch
 import hashlib
 import io
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -93,9 +94,7 @@ def load(spec: str, rows: int | None = None) -> list[Problem]:
         raise InputError(f"--rows: must be at least 1, got {rows}")
     path = find(local) if local else find(task.dataset, "dataset", task.files)
     problems: list[Problem] = []
-    for where, row in _rows(path, task):
-        if rows is not None and len(problems) == rows:
-            break
+    for where, row in itertools.islice(_rows(path, task), rows):
         question, gold, choices = task.read(row, where)
         problems.append(
             Problem(

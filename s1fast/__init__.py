@@ -12,11 +12,16 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Budget": "s1fast.budget",
-    "Completion": "s1fast.decoder",
+    "Cancelled": "s1fast.handle",
+    "Completion": "s1fast.request",
     "Engine": "s1fast.decoder",
     "InputError": "s1fast.errors",
-    "SamplingParams": "s1fast.decoder",
+    "Piece": "s1fast.request",
+    "Ranks": "s1fast.tensor_parallel",
+    "Request": "s1fast.request",
+    "SamplingParams": "s1fast.request",
     "TrainConfig": "s1fast.config",
+    "cost": "s1fast.request",
     "linear_cross_entropy": "s1fast.kernels.linear_cross_entropy",
     "packed_attention": "s1fast.kernels.packed_attention",
     "train": "s1fast.trainer",

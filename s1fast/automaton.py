@@ -88,6 +88,15 @@ class Program:
     """Ids whose text ends in a newline: the vocabulary's, so not in the request's table."""
     harness: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that are ever there at once: rounds of the harness may pass max_tokens."""
+        if not self.harness or self.max_thinking is None:
+            return self.max_tokens
+        text = max(map(len, self.ignore_ids))
+        rounds = (self.num_ignore + 1) * (self.max_thinking + text)
+        return max(self.max_tokens, min(self.room, rounds))
+
     @cached_property
     def table(self) -> tuple[int, ...]:
         """The program as integers.

@@ -67,6 +67,10 @@ class GenerateConfig:
     """Thinking cannot end before this many tokens."""
     num_ignore: int | None = None
     """How many times the end of thinking is ignored."""
+    budgets: str = ""
+    """Several maxima, as 500,1000,auto,none: an answer for each from one decode, as a table."""
+    num_ignores: str = ""
+    """Several numbers of ignores, as 0,2,4: an answer for each of the budgets."""
     ignore_text: tuple[str, ...] = ("Wait",)
     """Appended for each ignored end; several are used in turn."""
     final_text: str = "Final Answer:"
@@ -89,6 +93,12 @@ class GenerateConfig:
     """Most tokens generated in all; the whole context unless given."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer."""
+    logprobs: int | None = None
+    """With --json: log-probabilities of what was drawn, and of so many likeliest beside it."""
+    markers: Literal["auto", "s1", "s1.1", "think"] = "auto"
+    """Between which the model thinks: s1's, or <think> and </think>; auto: by the vocabulary."""
+    speculate: int = 0
+    """Draft up to so many tokens a step from what was written before; changes no token."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -220,17 +230,11 @@ def _generate(arguments: list[str]) -> None:
     model = _positional(arguments, 1, usage)
     prog = f"s1fast {usage.split(' --')[0]}"
     config = _parse(GenerateConfig, arguments[len(model) :], prog)
-    longest = config.max_thinking_tokens
-    limit: Any = longest
-    if longest == "none":
-        limit = None
-    elif longest != "auto":
-        try:
-            limit = int(longest)
-        except ValueError:
-            raise InputError(
-                f"--max-thinking-tokens: {longest!r} is no count, nor auto, nor none"
-            ) from None
+    limit = _maximum("--max-thinking-tokens", config.max_thinking_tokens)
+    budgets = [_maximum("--budgets", x) for x in config.budgets.split(",") if x] or None
+    ignores = [_maximum("--num-ignores", x) for x in config.num_ignores.split(",") if x] or None
+    if config.no_thinking and (budgets or ignores):
+        raise InputError("--no-thinking: without thinking there is no --budgets or --num-ignores")
     from s1fast.budget import Budget
     from s1fast.decoder import Engine, SamplingParams
 
@@ -245,11 +249,31 @@ def _generate(arguments: list[str]) -> None:
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     values = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
     params = SamplingParams(**values)
-    engine = Engine(model[0], device=config.device, dtype=config.dtype)
+    engine = Engine(
+        model[0],
+        device=config.device,
+        dtype=config.dtype,
+        markers=config.markers,
+        speculate=config.speculate,
+    )
     from s1fast.console import print_stream
 
-    stream = engine.stream(config.prompt, params, None if config.no_thinking else budget)
+    asked = None if config.no_thinking else budget
+    stream = engine.stream(config.prompt, params, asked, budgets=budgets, num_ignores=ignores)
     print_stream(stream, as_json=config.json)
+
+
+def _maximum(flag: str, text: str) -> Any:
+    """A count, "auto" or None, as it is written on the command line."""
+    text = text.strip()
+    if text == "none":
+        return None
+    if text == "auto" and flag != "--num-ignores":
+        return text
+    if not re.fullmatch(r"\d{1,9}", text):
+        words = "nor none" if flag == "--num-ignores" else "nor auto, nor none"
+        raise InputError(f"{flag}: {text!r} is no count, {words}")
+    return int(text)
 
 
 def _demo(arguments: list[str]) -> None:

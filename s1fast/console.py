@@ -1,28 +1,41 @@
-"""Showing a generation on the terminal: thinking dimmed, interventions marked."""
+"""A generation on the terminal: thinking dimmed, interventions marked, a grid as a table."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from s1fast.decoder import Completion, Piece
+from s1fast.request import cost
 
 
-def print_stream(stream: Iterable[Piece | Completion], *, as_json: bool = False) -> Completion:
-    """Prints pieces as they come and a line of totals at the end; returns the Completion."""
+def print_stream(
+    stream: Iterable[Piece | Completion], *, as_json: bool = False
+) -> list[Completion]:
+    """Prints pieces as they come and totals at the end; returns the Completions."""
     console = Console(highlight=False, soft_wrap=True)
-    began = time.perf_counter()
+    began, first_s = time.perf_counter(), 0.0
+    done: list[Completion] = []
     for item in stream:
+        first_s = first_s or time.perf_counter() - began
         if isinstance(item, Completion):
-            _print_totals(item, time.perf_counter() - began, console, as_json)
-            return item
-        if not as_json:
+            done.append(item)
+        elif not as_json:
             _print_piece(item, console)
-    raise AssertionError("a stream ends with its Completion")
+    wall_s = time.perf_counter() - began
+    if as_json:
+        print(json.dumps(_as_json(done, wall_s, first_s)))
+    elif len(done) == 1:
+        _print_totals(done[0], wall_s, first_s, console)
+    else:
+        _print_grid(done, wall_s, console)
+    return done
 
 
 STYLES = {"thinking": "dim", "ignore": "bold yellow", "end": "bold cyan", "answer": ""}
@@ -35,16 +48,51 @@ def _print_piece(piece: Piece, console: Console) -> None:
     console.print(text, style=STYLES[piece.kind], end="", markup=False)
 
 
-def _print_totals(done: Completion, wall_s: float, console: Console, as_json: bool) -> None:
+def _print_totals(done: Completion, wall_s: float, first_s: float, console: Console) -> None:
     count = len(done.token_ids)
-    if as_json:
-        values = dataclasses.asdict(done)
-        del values["index"], values["sample"]
-        print(json.dumps({**values, "wall_s": wall_s}))
-        return
+    appended = sum(len(p.ids) for p in done.pieces if p.kind in ("ignore", "end"))
     console.print(
-        f"\n{count} tokens, {done.thinking_tokens} of them thinking; {done.waits_used} waits; "
-        f"thinking ended: {done.thinking_end}; finish: {done.finish_reason}; "
-        f"{count / wall_s:.1f} tok/s",
+        f"\n{count} tokens, {done.thinking_tokens} of them thinking; {done.waits_used} waits, "
+        f"{appended} tokens appended; thinking ended: {done.thinking_end}; "
+        f"finish: {done.finish_reason}; {count / wall_s:.1f} tok/s, first after {first_s:.2f} s",
         style="italic",
     )
+
+
+def _print_grid(done: Sequence[Completion], wall_s: float, console: Console) -> None:
+    """The curve of one prompt: a line for every budget and number of ignores."""
+    table = Table(title="one decode, every budget", title_justify="left")
+    for name in ("budget", "ignores", "thinking", "waits", "ended", "answer"):
+        table.add_column(name, justify="left" if name in ("ended", "answer") else "right")
+    for c in done:
+        budget, ignores = ("none", "none")
+        if c.budget is not None:
+            budget, ignores = (
+                "none" if x is None else str(x)
+                for x in (c.budget.max_thinking_tokens, c.budget.num_ignore)
+            )
+        answer = " ".join(c.answer.split())
+        answer = answer if len(answer) <= 60 else "... " + answer[-56:]
+        cells = (budget, ignores, str(c.thinking_tokens), str(c.waits_used), str(c.thinking_end))
+        table.add_row(*cells, escape(answer))
+    total = cost(done)
+    console.print()
+    console.print(table)
+    console.print(
+        f"{total.steps} steps and {total.tokens} tokens in {wall_s:.1f} s; one by one "
+        f"{total.separate_steps} steps and {total.separate_tokens} tokens",
+        style="italic",
+    )
+
+
+def _as_json(done: Sequence[Completion], wall_s: float, first_s: float) -> dict[str, object]:
+    """One completion as it is; several as a list with what they cost."""
+    each = []
+    for c in done:
+        values = dataclasses.asdict(c)
+        del values["index"], values["sample"]
+        each.append(values)
+    times = {"wall_s": wall_s, "first_s": first_s}
+    if len(each) == 1:
+        return {**each[0], **times}
+    return {"completions": each, "cost": dataclasses.asdict(cost(done)), **times}

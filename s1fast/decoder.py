@@ -301,9 +301,7 @@ class Engine:
 
     def _check_fits(self, request: Request, ids: list[int], cells: list[Cell]) -> None:
         """Refuses what could never run, however long it waited."""
-        longest = max(
-            cell.program.room if cell.program.harness else cell.program.max_tokens for cell in cells
-        )
+        longest = max(cell.program.longest for cell in cells)
         needed = -(-(len(ids) + longest + 1) // PAGE_SIZE) * PAGE_SIZE
         have = (self.pages.count - 1) * PAGE_SIZE
         if needed > have:

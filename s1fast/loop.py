@@ -192,7 +192,6 @@ class Loop:
             for branch in tree.branches(row):
                 self.scheduler.fork(row, branch, branch.taken_over)
                 self._after(branch, [], scheduled=False)
-        self.emit(row, pieces, row.completions() if row.done else [])
         if not row.done:
             if not scheduled:
                 self.scheduler.add(row)
@@ -200,6 +199,7 @@ class Loop:
             self.scheduler.remove(row)
         else:
             self.scheduler.pages.drop(row.pages)
+        self.emit(row, pieces, row.completions() if row.done else [])
 
 
 def _logprob(logits_V: Tensor, token: int, most: int) -> Logprob:

@@ -86,7 +86,7 @@ def branches(trunk: Row) -> list[Row]:
     if trunk.mask_changed:
         apart = [c for c in cells if not c.program.mask_first]
         cells = [c for c in cells if c.program.mask_first]
-    rows: dict[tuple[tuple[int, ...], Phase], Row] = {_key(trunk): trunk}
+    rows = {_key(trunk): trunk}
     made: list[Row] = []
     for leaf in _walk(trunk, cells):
         row = _branch(trunk, leaf, len(made))
@@ -102,8 +102,10 @@ def branches(trunk: Row) -> list[Row]:
     return made
 
 
-def _key(row: Row) -> tuple[tuple[int, ...], Phase]:
-    return tuple(row.ids), row.automaton.phase
+def _key(row: Row) -> tuple[tuple[int, ...], tuple[Kind, ...], Phase]:
+    """What rows must share to be one. The same ids may be said otherwise: a newline may end an
+    ignore text, or precede the answer's marker."""
+    return tuple(row.ids), tuple(row.kinds), row.automaton.phase
 
 
 def _walk(trunk: Row, cells: Sequence[Cell]) -> Iterator[_Leaf]:

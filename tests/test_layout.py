@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"model", "optimizer", "packing", "rows", "snapshot"},
     "decoder": {"budget", "chat", "checkpoint", "errors", "handle", "hub", "kv_cache", "loop"}
     | {"markers", "model", "request", "row", "tensor_parallel", "tree"},
-    "console": {"decoder"},
+    "console": {"decoder", "request"},
     "demo_tasks": {"files"},
     "demo": {
         "budget",

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from s1fast import cli, results
 from s1fast import evaluate as evaluate_module
 from s1fast.answers import Cell, How
 from s1fast.errors import InputError
-from s1fast.evaluate import EvaluateConfig, Ranks, evaluate, plan
+from s1fast.evaluate import EvaluateConfig, Ranks, _Meter, evaluate, plan
 from s1fast.grading import Graders
 from s1fast.tasks import STYLES
 
@@ -276,6 +277,24 @@ def test_samples_are_voted_on(run: Run) -> None:
     assert cell["at_k"][1]["thinking_tokens"] == 4 * cell["thinking_tokens"]["mean"]
     texts = {row["sample"]: row["answer"] for row in samples(folder) if row["problem"] == "1"}
     assert len(set(texts.values())) == 4, "the samples are draws of their own"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_tells_rate_rest_and_cost(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half done after 60 s: as long again, at 2 tokens a second, for 5 dollars an hour."""
+    clock = [1000.0]
+    monkeypatch.setattr(evaluate_module.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    engine = SimpleNamespace(drawn=7, drawn_separately=7)
+    with _Meter(engine, 4, 5.0, console) as meter:  # type: ignore[arg-type]
+        for _ in range(2):
+            clock[0] += 30
+            engine.drawn += 60
+            engine.drawn_separately += 180
+            meter.advance()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2 of 4 samples, eta 1m00s, 120 tokens drawn, 2 tok/s" in shown
+    assert "2.9 times fewer drawn than cell by cell), $0.08" in shown
 
 
 def test_no_thinking(run: Run) -> None:

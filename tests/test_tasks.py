@@ -48,7 +48,7 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def test_gpqa_is_asked_with_shuffled_choices(tmp_path: Path) -> None:
-    """Four lines below the question; the order hangs on the question alone, and varies over many."""
+    """Four lines below the question, in an order that hangs on the question alone."""
     rows = [{**GPQA, "Question": f"Which one of {i}?"} for i in range(40)]
     path = write_csv(tmp_path / "gpqa_diamond.csv", rows)
     problems = load(f"gpqa={path}")

@@ -41,8 +41,13 @@ def print_stream(
 STYLES = {"thinking": "dim", "ignore": "bold yellow", "end": "bold cyan", "answer": ""}
 
 
+def inert(text: str) -> str:
+    """Text that moves no cursor and rings no bell, whatever the model wrote."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def _print_piece(piece: Piece, console: Console) -> None:
-    text = piece.text
+    text = inert(piece.text)
     if piece.kind in ("ignore", "end") and not console.is_terminal:
         text = f"[{text}]"  # without colours the mark is a pair of brackets
     console.print(text, style=STYLES[piece.kind], end="", markup=False)
@@ -63,7 +68,9 @@ def _print_grid(done: Sequence[Completion], wall_s: float, console: Console) -> 
     """The curve of one prompt: a line for every budget and number of ignores."""
     table = Table(title="one decode, every budget", title_justify="left")
     for name in ("budget", "ignores", "thinking", "waits", "ended", "answer"):
-        table.add_column(name, justify="left" if name in ("ended", "answer") else "right")
+        left = name in ("ended", "answer")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    room = max(20, console.width - 56)  # what the other columns leave
     for c in done:
         budget, ignores = ("none", "none")
         if c.budget is not None:
@@ -71,8 +78,10 @@ def _print_grid(done: Sequence[Completion], wall_s: float, console: Console) -> 
                 "none" if x is None else str(x)
                 for x in (c.budget.max_thinking_tokens, c.budget.num_ignore)
             )
-        answer = " ".join(c.answer.split())
-        answer = answer if len(answer) <= 60 else "... " + answer[-56:]
+        forced = c.budget.final_text if c.budget and c.thinking_end == "length" else ""
+        answer = inert(" ".join(c.answer.strip().removeprefix(forced).split()))
+        if len(answer) > room:
+            answer = answer[: room - 1] + "…"
         cells = (budget, ignores, str(c.thinking_tokens), str(c.waits_used), str(c.thinking_end))
         table.add_row(*cells, escape(answer))
     total = cost(done)

@@ -111,7 +111,7 @@ class Row:
             self._add(kind, (token,), logprob)
         if move.cut:
             for values in (self.ids, self.kinds, self.logprobs):
-                del values[len(values) - move.cut :]  # type: ignore[attr-defined]
+                del values[len(values) - move.cut :]
             self.cached = min(self.cached, len(self.ids))
         self._add("ignore", move.ignore)
         self._add("end", move.end)

@@ -14,13 +14,13 @@ becomes the oldest.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from s1fast.kv_cache import PAGE_SIZE, KVCache, Pages, Part, page_name
-from s1fast.row import Row
+from s1fast.row import Order, Row
 
 
 @dataclass
@@ -220,5 +220,5 @@ class Scheduler:
         branch.taken_over = branch.cached
 
 
-def _order(row: Row) -> Sequence[int]:
+def _order(row: Row) -> Order:
     return row.order

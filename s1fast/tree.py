@@ -29,10 +29,8 @@ from s1fast.row import Row
 def trunk_first(cells: Sequence[Cell]) -> list[Cell]:
     """The cell whose thinking holds all others' comes first: most ignores, largest maximum."""
 
-    def reach(cell: Cell) -> tuple[float, int, int, bool]:
-        program = cell.program
-        longest = float("inf") if program.max_thinking is None else program.max_thinking
-        return program.num_ignore, longest, program.mask_first
+    def reach(cell: Cell) -> tuple[int, float, bool]:
+        return cell.program.num_ignore, _maximum(cell), cell.program.mask_first
 
     return sorted(cells, key=reach, reverse=True)
 
@@ -63,7 +61,7 @@ class _Text:
             self.add("thinking", (token,), logprob)
         if move.cut:
             for values in (self.ids, self.kinds, self.logprobs):
-                del values[len(values) - move.cut :]  # type: ignore[attr-defined]
+                del values[len(values) - move.cut :]
         self.add("ignore", move.ignore, None)
 
     def add(self, kind: Kind, ids: Sequence[int], logprob: Logprob | None) -> None:

@@ -1,9 +1,10 @@
 """Is the answer right? Found in the text by s1's rules, graded without an API key.
 
-What counts as the answer (simplescaling/s1, lm_eval/tasks/openai_math/utils.py): the last
-\\boxed{} or \\fbox{}; else what follows "Answer:", as a cut thought's forced "Final Answer:" does;
-else the whole text. s1's pattern takes everything from the first "Answer:" and leaves the rest to
-gpt-4o-mini; without that, the last one counts. Then
+What counts as the answer (simplescaling/s1, lm_eval/tasks/openai_math/utils.py), after the last
+marker of an answer where the model wrote one itself: the last \\boxed{} or \\fbox{}; else what
+follows "Answer:", as a cut thought's forced "Final Answer:" does; else the whole text. s1's
+pattern takes everything from the first "Answer:" and leaves the rest to gpt-4o-mini; without that,
+the last one counts. Then
 
     integer   digits are compared as numbers; anything else as mathematics
     math      math-verify: equal as expressions, sets, intervals, matrices, words
@@ -26,7 +27,7 @@ import resource
 import select
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,6 +88,10 @@ def grade(item: Item) -> Grade:
 
 def extract(answer: str) -> tuple[str, str]:
     """The part of an answer that states the result, and the rule that found it."""
+    for marker in ("<|im_start|>answer\n", "</think>", "<|im_start|>"):
+        if marker in answer:  # a model that was not made to think may do so by itself
+            answer = answer.rpartition(marker)[2]
+            break
     box = boxed(answer)
     if box is not None:
         return box, "boxed"
@@ -151,8 +156,6 @@ def _folded(text: str) -> str:
 
 
 def _grade_math(gold: str, text: str, rule: str) -> Grade:
-    from math_verify import verify
-
     wanted = _parse(f"${gold}$")
     shown = text
     if rule == "boxed":
@@ -164,7 +167,7 @@ def _grade_math(gold: str, text: str, rule: str) -> Grade:
         if not given and not _same_words(gold, shown):
             shown, given = text, _parse(text[-LONGEST:])
     vote = _vote(given[0]) if given else _folded(shown)
-    correct = _same_words(gold, shown) or (bool(given) and bool(_verify(verify, wanted, given)))
+    correct = _same_words(gold, shown) or (bool(given) and _equal(wanted, given))
     why = f"{rule}: {'equal to' if correct else 'not equal to'} {gold} by math-verify"
     other = _other_base(gold, shown)
     if correct and other:
@@ -193,8 +196,10 @@ def _parse(text: str) -> list[Any]:
     return parse(text, parsing_timeout=None)
 
 
-def _verify(verify: Callable[..., bool], wanted: list[Any], given: list[Any]) -> bool:
-    return verify(wanted, given, timeout_seconds=None)
+def _equal(wanted: list[Any], given: list[Any]) -> bool:
+    from math_verify import verify
+
+    return bool(verify(wanted, given, timeout_seconds=None))
 
 
 def _same_words(gold: str, text: str) -> bool:

@@ -178,10 +178,10 @@ def test_tree_equals_separate_runs_on_real_weights(
     """Up to ties; none is met here."""
     config = EvaluateConfig(
         tasks=f"gsm8k={shared_data / 'gsm8k_test.jsonl'}",
-        rows=8,
-        budgets="16,48,auto",
+        rows=3,
+        budgets="8,24,auto",
         num_ignores="none,1",
-        how=How(max_tokens=220),
+        how=How(max_tokens=150),
     )
     found = []
     for name, separate in (("tree", False), ("separate", True)):

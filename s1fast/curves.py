@@ -91,6 +91,7 @@ def plot(name: str, task: dict[str, Any], model: str, path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set(xlabel="mean thinking tokens", ylabel="accuracy, %", title=name, ylim=(-6, 106))
+    axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=120)

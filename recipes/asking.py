@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import math
 import re
 import signal
@@ -173,10 +174,11 @@ class _Asking:
         self._teacher, self._store, self._pace, self._console = teacher, store, pace, console
         self._queue = deque(task for task in tasks if task.key not in store)
         self._first = [task.key for task in self._queue][:PROBES]
-        self._total = len(tasks)
+        self._total = len(self._queue) + len(store)
         self.meter = Meter(pace.input_price, pace.output_price)
         for _, record in store.records():
             self.meter.add(record)
+        self._began, self._before = time.monotonic(), (len(store), self.meter.output_tokens)
         self._num_under_way = 0
         self._next_turn = 0.0
         self._stop: InputError | None = None
@@ -399,8 +401,13 @@ class _Asking:
 
     def _show(self) -> None:
         """The meter: as a bar on a terminal, as a line every ten seconds elsewhere."""
-        line = self.meter.line(self._total, self._pace.max_dollars)
         done = self.meter.answered + self.meter.refused
+        elapsed = time.monotonic() - self._began
+        line = self.meter.line(self._total, self._pace.max_dollars)
+        line += f", {(self.meter.output_tokens - self._before[1]) / elapsed:,.0f} tok/s"
+        if done > self._before[0]:
+            left = elapsed / (done - self._before[0]) * (self._total - done)
+            line += f", eta {datetime.timedelta(seconds=round(left))}"
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=done, description=line)
         elif time.monotonic() - self._printed >= 10:

@@ -25,6 +25,7 @@ from rich.console import Console
 from s1fast.chat import load_tokenizer
 from s1fast.errors import InputError
 from s1fast.files import parse_json, read_bytes
+from s1fast.grading import Graders, Item, boxed
 from s1fast.hub import find
 from s1fast.recipes.asking import Meter, Pace, Task, ask_all
 from s1fast.recipes.questions import (
@@ -51,6 +52,8 @@ CLASSIFIER = (
 )
 SOLVING = Sampling(temperature=0.05, max_tokens=32768)
 """s1's for the two models."""
+GRADING = Sampling(max_tokens=8192)
+"""s1's for the grader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,25 +188,32 @@ def _grade(
     """Question hash -> whether the answer is right; None where nothing can tell."""
     able = [r for r in rows if r.get("solution") and answers.get(r["question_hash"])]
     if not config.grader:
-        return {
-            r["question_hash"]: verify(answers[r["question_hash"]], r["solution"]) for r in able
-        }
-    tasks = [_grading_task(row, answers[row["question_hash"]]) for row in able]
-    replies = _replies("grader", config.grader, tasks, config, console, Sampling(max_tokens=8192))
-    grades = {}
-    for row, task in zip(able, tasks, strict=True):
-        last = (replies.get(task.key, "").split() or [""])[-1].strip(".*").lower()
-        grades[row["question_hash"]] = {"yes": True, "no": False}.get(last)
-    return grades
+        with Graders() as graders:
+            return {
+                r["question_hash"]: verify(answers[r["question_hash"]], r["solution"], graders)
+                for r in able
+            }
+    tasks = [
+        grading_task(row["question"], row["solution"], answers[row["question_hash"]])
+        for row in able
+    ]
+    replies = _replies("grader", config.grader, tasks, config, console, GRADING)
+    return {
+        row["question_hash"]: verdict(replies.get(task.key, ""))
+        for row, task in zip(able, tasks, strict=True)
+    }
 
 
-def _grading_task(row: Row, answer: str) -> Task:
-    """Keyed by question and attempt, so that all three answers share one store."""
-    text = (
-        f"## Problem\n{row['question']}\n\n## Attempt\n{answer}\n\n"
-        f"## Correct answer\n{row['solution']}"
-    )
-    return Task(key=row["question_hash"] + question_hash(text), question=text, system=GRADER)
+def grading_task(question: str, solution: str, attempt: str) -> Task:
+    """What a grader is asked. Its key holds question and attempt: all attempts share one store."""
+    text = f"## Problem\n{question}\n\n## Attempt\n{attempt}\n\n## Correct answer\n{solution}"
+    return Task(key=question_hash(question) + question_hash(text), question=text, system=GRADER)
+
+
+def verdict(reply: str) -> bool | None:
+    """The Yes or No that a grader's reply ends with; None if it does not."""
+    last = (reply.split() or [""])[-1].strip(".*").lower()
+    return {"yes": True, "no": False}.get(last)
 
 
 def _classify(
@@ -225,15 +235,11 @@ def _classify(
         row["subject"] = subjects.get(code[1]) if code else None
 
 
-def verify(answer: str, solution: str) -> bool | None:
+def verify(answer: str, solution: str, graders: Graders) -> bool | None:
     """Whether the answer's result equals the solution's; None if the solution states no result.
 
-    Letters of multiple choice are compared as letters, all else by math-verify. From the main
-    thread only: its time limits are signals.
+    Letters of multiple choice are compared as letters, all else as s1fast evaluate does.
     """
-    from math_verify import parse
-    from math_verify import verify as equal
-
     gold = final_result(solution)
     if gold is None:
         return None
@@ -241,21 +247,14 @@ def verify(answer: str, solution: str) -> bool | None:
     if re.fullmatch(r"\(?[A-Z]\)?", gold):
         letter = re.search(r"\b([A-Z])\b", given)
         return letter is not None and letter[1] == gold.strip("()")
-    try:
-        return bool(equal(parse(f"${gold}$"), parse(f"${given}$")))
-    except TimeoutError:
-        return False
+    return graders.grade([Item(kind="math", gold=gold, answer=f"\\boxed{{{given}}}")])[0].correct
 
 
 def final_result(text: str) -> str | None:
     """The last boxed result, else what follows the last "Answer:" or "####", else a short text."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for i in range(start + 6, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start + 7 : i].strip()
+    box = boxed(text)
+    if box is not None:
+        return box
     marked = re.findall(r"(?:Answer\s*:|####)\s*(.+)", text)
     found = marked[-1] if marked else text
     found = found.strip().strip("$").rstrip(".")

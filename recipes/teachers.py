@@ -91,11 +91,13 @@ def make_teacher(name: str, model: str, base_url: str, sampling: Sampling) -> Te
     raise InputError(f"teacher {name!r}: expected gemini, openai or engine")
 
 
-def _key(*names: str) -> str:
+def _key(*names: str, needed: bool = True) -> str:
     """The API key in the first of these environment variables; it is kept nowhere else."""
     for name in names:
         if os.environ.get(name, "").strip():
             return os.environ[name].strip()
+    if not needed:  # a server of one's own may want none, but the client insists on some text
+        return "no-key-is-set"
     raise InputError(f"no API key: set the environment variable {' or '.join(names)}")
 
 
@@ -202,7 +204,7 @@ class OpenAICompatible:
             raise InputError("openai needs its package: pip install 's1fast[data]'") from None
         if sampling.thinking_budget is not None:
             raise InputError("--thinking-budget: only gemini takes one; --max-tokens bounds all")
-        self._key, self._model = _key("OPENAI_API_KEY"), model
+        self._key, self._model = _key("OPENAI_API_KEY", needed=not base_url), model
         self._openai = openai
         self._client = openai.AsyncOpenAI(
             api_key=self._key, base_url=base_url or None, max_retries=0, timeout=None
@@ -212,11 +214,21 @@ class OpenAICompatible:
         self._given = {k: v for k, v in _given(sampling).items() if k != "thinking_budget"}
 
     async def ask(self, question: str, system: str = "") -> Reply:
-        messages: Any = [{"role": "system", "content": system}] if system else []
+        messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": question})
+        return openai_reply(await self.complete(messages, **self._given))
+
+    async def complete(self, messages: list[dict[str, str]], **fields: Any) -> Any:
+        """The server's ChatCompletion, with at least one choice; `fields` as the client names them.
+
+        Raises:
+            Unavailable, Rejected, InputError: see above.
+        """
         try:
             done = await self._client.chat.completions.create(
-                model=self._model, messages=messages, **self._given
+                model=self._model,
+                messages=messages,  # type: ignore[arg-type]
+                **fields,
             )
         except self._openai.APIStatusError as error:
             headers = error.response.headers
@@ -225,13 +237,33 @@ class OpenAICompatible:
             raise Unavailable(f"{type(error).__name__}: {error}") from None
         if not done or not getattr(done, "choices", None):
             raise Unavailable("no choice in the answer")
-        return _openai_reply(done)
+        return done
+
+    async def reach(self) -> None:
+        """Raises an InputError when no server listens there or it refuses the key."""
+        try:
+            await self._client.models.list(timeout=30.0)
+        except self._openai.APIConnectionError as error:
+            reason = error.__cause__ or error
+            raise InputError(
+                f"{self._client.base_url}: cannot be reached ({reason}); start the server, or "
+                "correct the URL"
+            ) from None
+        except self._openai.APIStatusError as error:
+            if error.status_code in (401, 403):
+                message = " ".join(str(error.message).replace(self._key, "***").split())[:300]
+                raise InputError(
+                    f"the API key was refused (HTTP {error.status_code}): {message}"
+                ) from None
+        except (self._openai.APIError, ValueError):  # a list is not what it is asked for
+            pass
 
     async def aclose(self) -> None:
         await self._client.close()
 
 
-def _openai_reply(done: Any) -> Reply:
+def openai_reply(done: Any) -> Reply:
+    """The Reply of a ChatCompletion."""
     choice = done.choices[0]
     answer = choice.message.content or ""
     extra = choice.message.model_extra or {}

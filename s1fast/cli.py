@@ -37,6 +37,8 @@ Generate
                                        thinking, then decode real weights: two minutes on a laptop
 
 Measure
+  evaluate MODEL --tasks math500       accuracy over budgets and Waits: the paper's curves
+  compare A B                          two results folders, with paired intervals
   bench kernels                        time our kernels beside their peers and the device's ceilings
 
 Examples
@@ -46,6 +48,7 @@ Examples
   s1fast distill questions.jsonl out/traces.sqlite --model MODEL --input-price 0.3 \\
       --output-price 2.5 --max-dollars 50
   s1fast curate out/features.jsonl out/s1K --size 1000
+  s1fast evaluate out/mine/hf --tasks aime24,math500 --budgets 500,1000,2000,auto
   s1fast generate out/mine/hf --prompt "What is 17 + 25?" --max-thinking-tokens 200 \\
       --num-ignore 2 --ignore-text Wait
 
@@ -130,6 +133,8 @@ def main() -> None:
         "generate": _generate,
         "demo": _demo,
         "bench": _bench,
+        "evaluate": _evaluate,
+        "compare": _compare,
         "distill": _distill,
         "curate": _curate,
     }
@@ -306,6 +311,36 @@ def _bench(arguments: list[str]) -> None:
     from s1fast.bench.kernels import KernelsConfig, run
 
     run(_parse(KernelsConfig, arguments[len(kind) :], "s1fast bench kernels"))
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from s1fast.evaluate import EvaluateConfig, evaluate
+
+    usage = "evaluate MODEL --tasks T1,T2"
+    given = _positional(arguments, 1, usage)
+    prog = f"s1fast {usage.split(' --')[0]}"
+    config = _parse(EvaluateConfig, arguments[len(given) :], prog, flat=True)
+    evaluate(given[0], config, Console())
+
+
+def _compare(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from s1fast.curves import compare
+
+    usage = "compare A B"
+    if "-h" in arguments or "--help" in arguments:
+        print(
+            f"usage: s1fast {usage}\n\nDifferences of two results folders of s1fast evaluate, cell "
+            "by cell, with paired\nbootstrap intervals over the problems that both have."
+        )
+        return
+    a, b = _positional(arguments, 2, usage)
+    if arguments[2:]:
+        raise InputError(f"usage: s1fast {usage}; {arguments[2]!r} is one too many")
+    compare(Path(a), Path(b), Console())
 
 
 def _distill(arguments: list[str]) -> None:

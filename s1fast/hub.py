@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from s1fast.errors import InputError
 
 
-def find(name: str, kind: str = "model") -> Path:
+def find(name: str, kind: str = "model", files: Sequence[str] = ()) -> Path:
     """The local folder or file of that name, or a hub repository's files, downloaded once.
 
     Args:
         name: a path, or a Hugging Face id like Qwen/Qwen2.5-1.5B-Instruct.
         kind: "model" or "dataset".
+        files: patterns of a dataset's files that are wanted; Parquet and JSONL if empty.
 
     Raises:
         InputError: neither exists, or the hub cannot be reached.
@@ -29,7 +31,7 @@ def find(name: str, kind: str = "model") -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
     if kind == "dataset":
-        patterns = ["*.parquet", "*.jsonl"]
+        patterns = list(files) or ["*.parquet", "*.jsonl"]
     try:
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

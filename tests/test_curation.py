@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from s1fast.config import load_recipe
 from s1fast.errors import InputError
+from s1fast.grading import Graders
 from s1fast.recipes import decontaminate as clean
 from s1fast.recipes.asking import Pace
 from s1fast.recipes.collect import SOURCES, collect, convert
@@ -232,6 +234,12 @@ def test_ray_agrees(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- grading ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def graders() -> Iterator[Graders]:
+    with Graders(1) as made:
+        yield made
+
+
 @pytest.mark.parametrize(
     ("answer", "solution", "right"),
     [
@@ -243,17 +251,18 @@ def test_ray_agrees(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("anything", "A proof without a result. " * 9, None),
     ],
 )
-def test_verify(answer: str, solution: str, right: bool | None) -> None:
-    assert verify(answer, solution) is right
+def test_verify(answer: str, solution: str, right: bool | None, graders: Graders) -> None:
+    assert verify(answer, solution, graders) is right
 
 
 def test_final_result() -> None:
     assert final_result(r"\boxed{1} then \boxed{\sqrt{x^{2}}}.") == r"\sqrt{x^{2}}"
 
 
-def test_gold_grades_itself(shared_data: Path) -> None:
+def test_gold_grades_itself(shared_data: Path, graders: Graders) -> None:
     rows = read(shared_data / "math500.jsonl")[:100]
-    assert sum(verify(rf"\boxed{{{r['answer']}}}", r["solution"]) is True for r in rows) >= 97
+    right = [verify(rf"\boxed{{{r['answer']}}}", r["solution"], graders) for r in rows]
+    assert sum(found is True for found in right) >= 97
 
 
 # -- selection ----------------------------------------------------------------------------------

@@ -87,13 +87,22 @@ MAY_IMPORT: dict[str, set[str]] = {
         "demo_tasks",
         "errors",
         "metrics",
+        "plan",
         "trainer",
     },
-    "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
-    "bench": {"balance", "bench", "chat", "decoder", "errors", "files", "kernels", "metrics"}
-    | {"model", "packing", "published", "step"},
-    "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
-    | {"plan", "recipes", "trainer"},
+    "grading": {"errors"},
+    "recipes": {"budget", "chat", "decoder", "errors", "files", "grading", "hub", "recipes"}
+    | {"rows"},
+    "bench": {"balance", "bench", "chat", "config", "decoder", "errors", "files", "kernels"}
+    | {"metrics", "model", "packing", "parallel", "plan", "planner", "published", "rates", "step"},
+    "tasks": {"errors", "files", "hub", "rows"},
+    "scaling": set(),
+    "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "request", "tasks"},
+    "curves": {"errors", "files", "scaling"},
+    "results": {"answers", "curves", "errors", "files", "grading", "recipes", "scaling", "tasks"},
+    "evaluate": {"answers", "errors", "files", "metrics", "recipes", "results", "tasks"},
+    "cli": {"__init__", "bench", "budget", "config", "console", "curves", "decoder", "demo"}
+    | {"errors", "evaluate", "plan", "recipes", "trainer"},
     "__main__": {"cli"},
 }
 

@@ -404,7 +404,6 @@ def output_is_kept_once(world: Layout) -> None:
     assert sum(kept.values()) == out.nbytes + 3 * 32 * 64 * 2 + 32 * 4 + 2 * 4
 
 
-<<<<<<< HEAD
 @check(2, table=SLOW)
 def compiled(world: Layout) -> None:
     """Layers compiled beneath FSDP's hooks, around exchanged heads: the same bits, and no graph is
@@ -421,7 +420,8 @@ def compiled(world: Layout) -> None:
         torch._dynamo.config.error_on_recompile = False
     assert len(results[0]) == 3 and results[0] == results[1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-=======
+
+
 class SpansKept(TorchDispatchMode):
     """Collectives only where a span is open, products only where none is."""
 
@@ -499,7 +499,6 @@ def waiting_for_a_slow_rank_is_exposed(world: Layout) -> None:
 @check(2, 4)
 def most(world: Layout) -> None:
     assert float(world.most(torch.tensor(float(world.rank)))) == world.world - 1
->>>>>>> ea269a9c5224227898a6b99cfd7c307f9d4c6910
 
 
 @check(2, 4)

@@ -6,9 +6,7 @@ import ast
 import gzip
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from s1fast import profile
+from s1fast import cli, profile
 from s1fast.config import CheckpointConfig, DataConfig, LogConfig, TrainConfig, check, to_toml
 from s1fast.errors import InputError
 from s1fast.metrics import records
@@ -237,24 +235,24 @@ def same(run: Path, wanted: Path) -> bool:
     return told[0] == told[1] and all(torch.equal(ours[name], x) for name, x in theirs.items())
 
 
-def test_a_profiled_run(config: TrainConfig, plain: Path, tmp_path: Path) -> None:
+def test_a_profiled_run(
+    config: TrainConfig,
+    plain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """By the command: the same bits, a trace of these steps alone, a table that adds up."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(to_toml(config))
     flags = ["--output", str(tmp_path / "run"), "--profile", "2:4"]
-    done = subprocess.run(
-        [sys.executable, "-m", "s1fast", "train", str(recipe), *flags],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["s1fast", "train", str(recipe), *flags])
+    cli.main()
+    said = capsys.readouterr().out
     folder = tmp_path / "run" / "profile"
     assert sorted(p.name for p in folder.iterdir()) == ["table.json", "table.txt", "trace.json.gz"]
-    assert (folder / "table.txt").read_text() in done.stdout
-    assert "profile of steps 2 to 4 on CPU, rank 0 of 1" in done.stdout
+    assert (folder / "table.txt").read_text() in said
+    assert "profile of steps 2 to 4 on CPU, rank 0 of 1" in said
     facts = json.loads((folder / "table.json").read_text())
     assert (facts["first"], facts["last"]) == (2, 4)
     spent = facts["rows_s"]

@@ -43,12 +43,7 @@ def mark(device: torch.device) -> Mark:
 
 def seconds(start: Mark, end: Mark) -> float:
     """Between two moments of one device, both past."""
-<<<<<<< HEAD
-    if isinstance(start, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-=======
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
->>>>>>> ad213b49655e90695db4f90c92bca5faacee42da
         return start.elapsed_time(end) / 1e3
     assert isinstance(start, float) and isinstance(end, float)
     return end - start

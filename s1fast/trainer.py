@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         return run.source
     heads = (run.model.config.num_attention_heads, run.model.config.num_key_value_heads)
     layout = share_streams(layout, ulysses_degree(gpus_per_node(layout), *heads))
-    _self_test(layout, console)
+    readings = selftest.run(layout)
     shard_model(run.model, layout, config.reduce_dtype)
     with ranks.together():
         run.model.materialise(layout.device, torch.float32)
@@ -98,6 +99,7 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         if ranks.rank == 0:
             write_atomic(config.output / "config.toml", to_toml(config))
     _print_facts(trainer, run.num_dropped, console)
+    _print_readings(readings, layout, console)
     if start < trainer.num_steps:
         _loop(trainer, start, console)
     target = config.output / "hf"
@@ -110,8 +112,7 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
     return target
 
 
-def _self_test(layout: Layout, console: Console) -> None:
-    readings = selftest.run(layout)
+def _print_readings(readings: Sequence[selftest.Reading], layout: Layout, console: Console) -> None:
     console.print(selftest.line(readings), highlight=False, soft_wrap=True)
     if layout.device.type == "cuda":
         name = torch.cuda.get_device_name(layout.device)

@@ -283,7 +283,7 @@ def test_bad_value(assignment: str, refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("arguments", "naming"),
     [
-        (["fly"], "no command 'fly'; there are train, export, generate, demo"),
+        (["fly"], "no command 'fly'; there are train, plan, export, generate, demo"),
         (["--train"], "no command '--train'"),
         (["train"], "usage: s1fast train RECIPE.toml"),
         (["train", "gone.toml"], "gone.toml: cannot be read: No such file"),

@@ -17,26 +17,22 @@ from statistics import mean, quantiles
 
 from s1fast.balance import balanced_split, imbalance
 from s1fast.bench.environment import save
-from s1fast.bench.packed_attention import BIN_WIDTH, BINS, SHORTEST
 from s1fast.metrics import train_flops
-from s1fast.published import model_config
+from s1fast.published import qwen, sequence_lengths
 
 BATCH = 16
-QWEN_32B = model_config("Qwen/Qwen2.5-32B-Instruct")
-assert QWEN_32B is not None
+QWEN_32B = qwen("32B")
 
 Split = Callable[[list[float]], list[list[int]]]
 
 
 def batches(count: int, seed: int = 0) -> list[list[float]]:
-    """FLOPs of the sequences of each batch, their lengths drawn from s1K's histogram."""
+    """FLOPs of the sequences of each batch, drawn from s1K's."""
     draw = random.Random(seed)
-    drawn = []
-    for _ in range(count):
-        bins = draw.choices(range(len(BINS)), BINS, k=BATCH)
-        lengths = [round(SHORTEST + BIN_WIDTH * (i + draw.random())) for i in bins]
-        drawn.append([train_flops(QWEN_32B, [n], n) for n in lengths])
-    return drawn
+    lengths = sequence_lengths("simplescaling/s1K")
+    assert lengths is not None
+    costs = [train_flops(QWEN_32B, [n], n) for n in lengths]
+    return [draw.sample(costs, BATCH) for _ in range(count)]
 
 
 def splits(seed: int = 0) -> dict[str, Split]:

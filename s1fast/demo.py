@@ -18,12 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 from s1fast.budget import Budget
-from s1fast.config import CheckpointConfig, DataConfig, LogConfig, OptimConfig, TrainConfig
+from s1fast.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    TrainConfig,
+    load_recipe,
+)
 from s1fast.console import print_stream
 from s1fast.decoder import Completion, Engine, SamplingParams
 from s1fast.demo_tasks import TASKS, Task, write_model, write_rows
 from s1fast.errors import InputError
 from s1fast.metrics import duration
+from s1fast.plan import outlook
 from s1fast.trainer import train
 
 BATCH_SIZE = 16
@@ -70,6 +78,12 @@ def run(name: str, *, seed: int, output: Path, weights: Path) -> None:
     else:
         console.print(f"no weights at {weights}: make weights fetches them (98 MB)")
     console.print(f"\ndemo finished in {duration(time.perf_counter() - began)}")
+    recipe = Path(__file__).resolve().parent / "recipes" / "s1-32b.toml"
+    console.print(
+        f"s1-32B ({recipe.name}) would take on {outlook(load_recipe(recipe))}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _clear(output: Path) -> None:

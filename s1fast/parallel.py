@@ -265,13 +265,13 @@ def shard_model(
     order = [first[0] if first else root, *layers, *last]
     for i, unit in enumerate(order):
         unit.set_modules_to_forward_prefetch(order[i + 1 : i + 3])
-    for unit in {root, *order}:
-        exposed.watch(unit)
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule) and layout.world > 1:
+    sharded: list[Any] = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    for unit in sharded:
+        if layout.world > 1:
             # Summed by force: a factor of 1 alone would be a reduction that only NCCL has.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+        exposed.watch(unit)
     separable = hasattr(root, "set_separate_reduce_scatter_group")
     if layout.device.type == "cuda" and layout.world > 1 and separable:
         # torch 2.13: in backward, reduce-scatter and all-gather run side by side.

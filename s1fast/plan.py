@@ -97,6 +97,19 @@ def plan(config: PlanConfig, console: Console | None = None) -> Estimate:
     return one
 
 
+def outlook(recipe: TrainConfig) -> str:
+    """The plan's last line alone, on s1's machine; without the memory, so it takes no time."""
+    values = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+    config = PlanConfig(**values)
+    model = find_model(config.model)
+    rates = find_rates(config.gpu, config.results, config.log.dollars_per_hour)
+    machine = Machine(config.gpu, config.nodes, config.gpus_per_node)
+    one = estimate(config, model, find_sequences(config, model), machine, rates)
+    measured = sum(rate.measured for _, rate in rates.items())
+    kind = f"{measured} rates measured, the others assumed" if measured else "every rate assumed"
+    return f"{plan_report.headline(one)}; planned, {kind}"
+
+
 def find_model(name: str) -> ModelConfig:
     """From a local folder's config.json, or of a published model: nothing is downloaded."""
     if Path(name).is_dir():

@@ -27,8 +27,13 @@ def headline(one: Estimate) -> str:
     """The plan in one line."""
     low, high = (duration(s) for s in (one.seconds.low, one.seconds.high))
     return (
-        f"{one.machine}: {low} to {high}, {one.mfu[0]:.0%} to {one.mfu[1]:.0%} MFU, "
-        f"${one.dollars[0]:,.0f} to ${one.dollars[1]:,.0f}"
+        f"{one.machine}: {low} to {high}, {one.mfu[0]:.0%} to {one.mfu[1]:.0%} MFU, {_dollars(one)}"
+    )
+
+
+def _dollars(one: Estimate) -> str:
+    return " to ".join(
+        f"${value:,.0f}" if value >= 100 else f"${value:.2f}" for value in one.dollars
     )
 
 
@@ -45,7 +50,7 @@ def details(one: Estimate, rates: Rates) -> list[str]:
         f"exposed    {one.seconds.exposed / steps:.2f} s/step of communication if what can overlap "
         f"does, {(one.seconds.exposed + one.seconds.contention) / steps:.2f} if "
         f"{rates.overlap.value:.0%} of it does",
-        f"price      ${one.dollars[0]:,.0f} to ${one.dollars[1]:,.0f}",
+        f"price      {_dollars(one)}",
         "seconds of a step:",
     ]
     for name, label in _PARTS.items():
@@ -75,7 +80,7 @@ def layout_table(estimates: Sequence[Estimate]) -> list[str]:
     for one in estimates:
         minutes = f"{one.seconds.low / 60:.1f}-{one.seconds.high / 60:.1f}"
         mfu = f"{one.mfu[0]:.0%}-{one.mfu[1]:.0%}"
-        dollars = f"{one.dollars[0]:,.0f}-{one.dollars[1]:,.0f}"
+        dollars = f"{one.dollars[0]:,.2f}-{one.dollars[1]:,.2f}"
         total = sum(one.layers.values())
         again = f"{1 - one.layers['none'] / total:.0%} of layers"
         fits = "yes" if one.fits else "no"

@@ -226,7 +226,7 @@ class _Cost:
         longest = max(streams, key=lambda stream: sum(data.labels[i] for i in stream))
         labels = sum(data.labels[i] for i in longest) / self.ulysses
         products = 6 * self.model.vocab_size * self.model.hidden_size * labels
-        head_s = products / (self.rates.gemm.value * 1e12)
+        head_s = products / (self.rates.head.value * 1e12)
         total.head += head_s
         # The embedding's and the first layer's gathers have nothing before them to hide behind, the
         # embedding's and the first layer's reduce-scatters nothing after.

@@ -42,8 +42,12 @@ def known_models() -> list[str]:
 def model_config(name: str) -> ModelConfig | None:
     """Of a known hub id, also of its base model; None for any other."""
     size = name.removeprefix("Qwen/Qwen2.5-").removesuffix("-Instruct")
-    if size not in _QWEN or not name.startswith("Qwen/Qwen2.5-"):
-        return None
+    known = size in _QWEN and name.startswith("Qwen/Qwen2.5-")
+    return qwen(size) if known else None
+
+
+def qwen(size: str) -> ModelConfig:
+    """Qwen2.5 of a size as "32B"; KeyError for one that does not exist."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = _QWEN[size]
     return ModelConfig(
         model_type="qwen2",

@@ -39,7 +39,9 @@ class Rates:
     peak: Rate
     """Of the data sheet, dense bf16: what MFU is relative to."""
     gemm: Rate
-    """Matrix products of a layer and of the head, at some thousand rows."""
+    """Matrix products of a layer, at some thousand rows."""
+    head: Rate
+    """Those of the head, with the loss between them."""
     attention_forward: Rate
     attention_backward: Rate
     memory: Rate
@@ -64,6 +66,7 @@ _TRITON = "what is reported of Triton on H100 for heads of 128: 450-520 forward,
 _COMMON: dict[str, Rate] = {
     "peak": Rate(989.0, _TFLOPS, _SHEET),
     "gemm": Rate(680.0, _TFLOPS, "cuBLAS is reported to sustain 650-800 on H100"),
+    "head": Rate(680.0, _TFLOPS, "as the products of a layer"),
     "attention_forward": Rate(450.0, _TFLOPS, _TRITON),
     "attention_backward": Rate(330.0, _TFLOPS, _TRITON),
     "nvlink": Rate(360.0, _GB_S, "NCCL on 450 GB/s of NVLink, 80 %"),
@@ -96,7 +99,7 @@ def find_rates(gpu: GPU, results: Path, dollars_per_hour: float = 0.0) -> Rates:
     for result, name in _results(gpu, results):  # oldest first: the newest one stays
         values |= _measured(result, name)
     if dollars_per_hour:
-        values["price"] = Rate(dollars_per_hour, "$ a GPU-hour", "log.dollars_per_hour", True)
+        values["price"] = Rate(dollars_per_hour, "$ a GPU-hour", "log.dollars_per_hour")
     return Rates(**values)
 
 
@@ -115,19 +118,22 @@ def _results(gpu: str, folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
             yield result, name
 
 
-def _measured(result: dict[str, Any], name: str) -> dict[str, Rate]:
+def _measured(result: dict[str, Any], file: str) -> dict[str, Rate]:
     """The rates that one result file holds."""
     roofs = result["roofs"]
-    values = {"memory": Rate(roofs["copy_gb_s"], _GB_S, f"copy roof, {name}", True)}
+    values = {"memory": Rate(roofs["copy_gb_s"], _GB_S, f"copy roof, {file}", True)}
     for shape in result.get("shapes", []):
         ours = next((m for m in shape["measurements"] if m["provider"] == "s1fast"), None)
         if ours is None or ours["status"] != "ok" or not ours.get("tflops"):
             continue
-        source = f"{shape['op']} {shape['shape']}, {name}"
+        source = f"{shape['op']} {shape['shape']}, {file}"
         rates = {mode: Rate(v, _TFLOPS, source, True) for mode, v in ours["tflops"].items()}
         if shape["op"] == "packed_attention" and "attention_forward" not in values:
             values["attention_forward"] = rates["forward"]
             values["attention_backward"] = rates["backward"]
-        if shape["op"] == "linear_cross_entropy" and "gemm" not in values:
-            values["gemm"] = rates["full"]
+        if shape["op"] == "linear_cross_entropy" and "head" not in values:
+            values["head"] = rates["full"]
+    for name, value in result.get("rates", {}).items():  # of bench.layer_step
+        unit = _GB_S if name == "memory" else _TFLOPS
+        values[name] = Rate(value, unit, f"layer step, {file}", True)
     return values

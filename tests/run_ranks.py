@@ -89,7 +89,8 @@ def run(
     give_up = time.monotonic() + 240
     while any(p.is_alive() for p in ranks):
         if any(p.exitcode not in (None, 0) for p in ranks) or time.monotonic() > give_up:
-            time.sleep(linger_s)
+            for process in ranks:
+                process.join(linger_s)
             for process in ranks:
                 process.kill()
         ranks[0].join(0.02)

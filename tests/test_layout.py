@@ -39,8 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels", "slices"},
     "recompute": {"kernels", "model"},
-    "exposed": set(),
     "heartbeat": set(),
+    "exposed": set(),
     "ulysses": {"exposed", "kernels"},
     "parallel": {"errors", "exposed", "heartbeat", "model", "ranks", "ulysses"},
     "fake_ranks": {"errors", "model", "parallel", "ranks", "ulysses"},
@@ -75,11 +75,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "demo_tasks",
         "errors",
         "metrics",
+        "plan",
         "trainer",
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
     "bench": {"balance", "bench", "chat", "decoder", "errors", "files", "kernels", "metrics"}
-    | {"model", "packing", "published", "step"},
+    | {"config", "model", "packing", "parallel", "plan", "planner", "published", "rates", "step"},
     "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
     | {"plan", "recipes", "trainer"},
     "__main__": {"cli"},

@@ -15,12 +15,19 @@ import torch
 from rich.console import Console
 
 from s1fast import fake_ranks, plan_report, published
-from s1fast.config import CheckpointConfig, DataConfig, LogConfig, OptimConfig, TrainConfig
+from s1fast.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    TrainConfig,
+    load_recipe,
+)
 from s1fast.errors import InputError
 from s1fast.fake_ranks import in_process, peak
 from s1fast.metrics import layer_parameters, train_flops
 from s1fast.model import ModelConfig, kept_bytes
-from s1fast.plan import PlanConfig, dry_run, find_model, find_sequences, memory, plan
+from s1fast.plan import PlanConfig, dry_run, find_model, find_sequences, memory, outlook, plan
 from s1fast.planner import Estimate, Machine, Sequences, estimate
 from s1fast.rates import find_rates
 
@@ -171,6 +178,10 @@ def test_measured_rates_replace_assumed_ones(tmp_path: Path) -> None:
     assert rates.memory.value == 2950.0 and rates.memory.measured and "a.json" in str(rates.memory)
     assert (rates.attention_forward.value, rates.attention_backward.value) == (500.0, 250.0)
     assert not rates.gemm.measured and "assumed" in str(rates.gemm)
+    steps = result("NVIDIA H100 80GB HBM3", 2960.0, "2026-01-06")
+    (tmp_path / "step.json").write_text(json.dumps(steps | {"rates": {"gemm": 612.0}}))
+    gemm = find_rates("H100", tmp_path).gemm
+    assert (gemm.value, gemm.measured) == (612.0, True) and "layer step, step.json" in str(gemm)
     assert rates.price.value == 2.0
     assert find_rates("H200", tmp_path).memory.value == 4100.0
 
@@ -334,7 +345,16 @@ def test_dry_run_prints_the_plan(tracked: dict[str, float]) -> None:
     out = io.StringIO()
     dry_run(recipe, Console(file=out, width=200))
     assert "plan       2 x 8 H100: " in out.getvalue()
-    assert "1.5 $ a GPU-hour, measured: log.dollars_per_hour" in out.getvalue()
+    assert "1.5 $ a GPU-hour, assumed: log.dollars_per_hour" in out.getvalue()
+
+
+def test_the_outlook_is_the_plans_last_line() -> None:
+    """What the demo ends with: the same figures, and that nothing was measured."""
+    recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "s1-32b.toml")
+    text = outlook(recipe)
+    one = estimated(dataclasses.replace(S1, optim=recipe.optim, log=recipe.log))
+    assert text == f"{plan_report.headline(one)}; planned, every rate assumed"
+    assert text.startswith("2 x 8 H100: 10m")
 
 
 def test_parts_of_the_report_are_those_of_the_sum() -> None:

@@ -218,10 +218,14 @@ def test_other_ranks_restore_the_same_state(world: int, setup: Setup) -> None:
         assert torch.cat(found[name]).equal(x), name
 
 
-WEIGHTS = 2e-5
-"""Largest difference of a weight after six steps on other ranks. Sums of a step run in another
-order: 1e-6 of a gradient. AdamW turns a gradient that is all but zero into a step of its own sign,
-at most the rates' sum of 3e-3, but those are rare: the mean is bounded below."""
+CLOSE = 2e-6
+"""Relative, in norm, of a tensor after six steps on other ranks: fp32 sums in another order, each
+rounded to 2^-24, so 1e-6 of a gradient; AdamW may double that in a moment. The steps themselves
+move every tensor a hundred times as far and more."""
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("world", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
@@ -233,13 +237,12 @@ def test_a_run_goes_on_with_other_ranks(world: int, setup: Setup, tmp_path: Path
     assert done.codes == [0] * world, done.output
     assert f"resuming after step {STEPS // 2}" in done.output
     assert len(contents(run / LAST)) == world + 1
-    a, b = state(run), state(setup.whole)
-    print({n: (a[n] - b[n]).abs().max() for n in a})
-    assert a.keys() == b.keys()
-    for name, x in b.items():
-        torch.testing.assert_close(a[name], x, rtol=1e-3, atol=WEIGHTS, msg=name)
-    for found, wanted in zip(metrics(run), metrics(setup.whole), strict=True):
-        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    found, wanted, half = state(run), state(setup.whole), state(setup.whole, STEPS // 2)
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert distance(found[name], x) <= CLOSE and distance(half[name], x) > 100 * CLOSE, name
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (run, setup.whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=CLOSE)
 
 
 # -- exported -------------------------------------------------------------------------------------

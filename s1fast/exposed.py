@@ -43,9 +43,10 @@ def mark(device: torch.device) -> Mark:
 
 def seconds(start: Mark, end: Mark) -> float:
     """Between two moments of one device, both past."""
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
         return start.elapsed_time(end) / 1e3
-    assert isinstance(start, float) and isinstance(end, float)
+    assert isinstance(end, float)
     return end - start
 
 

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from s1fast.config import TrainConfig, profiled_steps
 from s1fast.errors import InputError
-from s1fast.files import make_directory, write_atomic
+from s1fast.files import make_directory, remove_leftovers, write_atomic
 from s1fast.parallel import Layout
 
 # -- where the time went ---------------------------------------------------------------------------
@@ -191,19 +191,23 @@ class Profile:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with contextlib.ExitStack() as stack:
             if cuda:
-                torch.cuda.memory._record_memory_history(max_entries=200_000)
-                stack.callback(torch.cuda.memory._record_memory_history, enabled=None)
+                history = torch.cuda.memory._record_memory_history
+                history(stacks="python", max_entries=200_000)
+                stack.callback(history, enabled=None)
                 torch.cuda.synchronize()
-            self._profiler = stack.enter_context(torch.profiler.profile(activities=activities))
-            stack.enter_context(record_function(_WINDOW))
+            self._trace = stack.enter_context(contextlib.ExitStack())
+            profiler = torch.profiler.profile(activities=activities)
+            self._profiler = self._trace.enter_context(profiler)
+            self._trace.enter_context(record_function(_WINDOW))
             self._recording = stack.pop_all()
 
     def _end(self) -> None:
         assert self._recording is not None
-        memory = None
-        if self._layout.device.type == "cuda":
+        cuda = self._layout.device.type == "cuda"
+        if cuda:
             torch.cuda.synchronize()
-            memory = torch.cuda.memory._snapshot()
+        self._trace.close()
+        memory = torch.cuda.memory._snapshot() if cuda and self._layout.rank == 0 else None
         self._recording.close()
         self._recording = None
         with self._layout.ranks.together():
@@ -213,14 +217,10 @@ class Profile:
 
     def _write(self, memory: Any) -> None:
         make_directory(self._folder)
+        remove_leftovers(self._folder)
         if memory is not None:
             write_atomic(self._folder / "memory.pickle", pickle.dumps(memory))
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".trace.", suffix=".tmp") as name:
-            path = Path(name) / "trace.json"
-            self._profiler.export_chrome_trace(str(path))
-            trace = path.read_bytes()
-        write_atomic(self._folder / "trace.json.gz", gzip.compress(trace, 5))
-        found, device = breakdown(json.loads(trace)["traceEvents"]), self._layout.device
+        found, device = breakdown(self._write_trace()["traceEvents"]), self._layout.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         text = table(found, self._steps, f"{name}, rank 0 of {self._layout.world}")
         facts = {"first": self._steps[0], "last": self._steps[-1], "device": name}
@@ -230,3 +230,16 @@ class Profile:
         self._console.print(
             f"{text}profile  {self._folder}", highlight=False, markup=False, soft_wrap=True
         )
+
+    def _write_trace(self) -> Any:
+        target = self._folder / "trace.json.gz"
+        try:
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix=".", suffix=".tmp") as name:
+                path = Path(name) / "trace.json"
+                self._profiler.export_chrome_trace(str(path))
+                raw = path.read_bytes()
+            trace = json.loads(raw)
+        except (OSError, ValueError) as error:  # a full disk leaves torch's file torn
+            raise InputError(f"{target}: cannot be written: {error}") from None
+        write_atomic(target, gzip.compress(raw, 5))
+        return trace

@@ -300,6 +300,21 @@ def test_steps_taken_before_are_said(config: TrainConfig) -> None:
     assert out.getvalue() == "warning: profile: steps 2:4 were taken before; none is profiled\n"
 
 
+def test_a_trace_that_cannot_be_written(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch tells nobody of a full disk: its file just ends."""
+
+    def torn(self: Any, path: str) -> None:
+        Path(path).write_text('{"traceEvents": [')
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", torn)
+    full = replace(config, output=tmp_path / "run", profile="1:1")
+    with pytest.raises(InputError, match=r"profile/trace\.json\.gz: cannot be written"):
+        train(full, Console(file=io.StringIO()))
+    assert not list((tmp_path / "run" / "profile").iterdir())
+
+
 def test_steps_beyond_the_run(config: TrainConfig, tmp_path: Path) -> None:
     beyond = replace(config, output=tmp_path / "run", profile="6:7")
     with pytest.raises(InputError, match="profile: 6:7 goes beyond the run's 6 steps"):

@@ -1,4 +1,4 @@
-"""csrc/gemv.cuh on a CPU: built by g++ over fibers.h, with sanitizers, and asked case after case."""
+"""csrc/gemv.cuh on a CPU: built by g++ over fibers.h, with sanitizers, asked case after case."""
 
 from __future__ import annotations
 

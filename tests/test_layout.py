@@ -29,6 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "files"},
     "chat": {"errors", "files"},
     "snapshot": {"errors", "files"},
+    "build": {"errors", "files"},
+    "matmul": {"build", "errors", "kernels"},
     "budget": {"chat", "errors"},
     "packing": {"chat"},
     "rows": {"chat", "config", "errors", "files", "hub"},
@@ -55,7 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
     "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "model", "packing"}
     | {"trainer"},
-    "cli": {"__init__", "bench", "budget", "config", "console", "decoder", "demo", "errors"}
+    "cli": {"__init__", "bench", "budget", "build", "config", "console", "decoder", "demo"}
+    | {"errors"}
     | {"recipes", "trainer"},
     "__main__": {"cli"},
 }

@@ -44,10 +44,7 @@ constexpr int THREADS = CONSUMERS + 32;
 constexpr int LONGEST_CHUNK = 512;  // columns: 1 KB a row and copy
 constexpr int SHORTEST_CHUNK = 128;
 constexpr int STEP = 32;  // columns a warp takes at once, 16 bytes a thread and row
-// Of a row in shared memory. Half a line beyond a whole number of lines: two rows of 64 bytes, which
-// eight threads read at once, lie in different banks.
-constexpr int PITCH = 2 * LONGEST_CHUNK + 64;
-constexpr int MAX_STAGES = 8;
+constexpr int MAX_STAGES = 16;
 constexpr int SUMS = ROWS * MAX_TOKENS;  // of a tile, as [token][row]
 constexpr int RECORD = SUMS + MAX_TOKENS;  // and the sum of squares of each token
 // A multiprocessor has 228 KB, 1 KB of it reserved for each block; two blocks fit.
@@ -62,7 +59,7 @@ struct Shared {
 constexpr int RING_OFFSET = (sizeof(Shared) + 127) / 128 * 128;
 
 // How weights lie in memory and become bf16. Narrower ones bring their own `row_bytes` and `load`
-// (and lie in a row of PITCH bytes at most); the rest of the kernel does not change.
+// and need no more room than bf16; the rest of the kernel does not change.
 struct Bf16Weight {
   static constexpr __host__ __device__ int64_t row_bytes(int64_t columns) { return 2 * columns; }
   // Columns [column, column + 8) of a row in shared memory.
@@ -74,7 +71,8 @@ struct Bf16Weight {
 // The division of the work. `grid` blocks share `units` evenly.
 struct Plan {
   int chunk, chunks;  // columns of a unit; units of a tile
-  int units, grid, stages, shared_bytes;
+  int units, grid;
+  int pitch, stages, shared_bytes;  // bytes of a row in the ring; units in the ring; of a block
 };
 
 struct Gemv {
@@ -92,19 +90,23 @@ struct Gemv {
 
 constexpr __host__ __device__ int tile_outputs(bool swiglu) { return swiglu ? ROWS / 2 : ROWS; }
 
-constexpr __host__ __device__ int stage_bytes(int slots, bool norm) {
-  return (ROWS + norm + slots) * PITCH;
+// Half a line beyond a whole number of lines of 128 bytes: the pieces of two rows that eight threads
+// read at once, 64 bytes each, then lie in different banks.
+constexpr int pitch_of(int chunk) { return 2 * chunk | 64; }
+
+constexpr __host__ __device__ int stage_bytes(int slots, bool norm, int pitch) {
+  return (ROWS + norm + slots) * pitch;
 }
 
 // Longer chunks make better copies; shorter ones divide more evenly. The longest that keep all blocks
-// busy 97 % of the time, or else those that come nearest.
+// busy 95 % of the time, or else those that come nearest.
 inline Plan make_plan(int outputs, int width, int slots, bool norm, bool swiglu, int processors) {
   const int64_t tiles = (outputs + tile_outputs(swiglu) - 1) / tile_outputs(swiglu);
   Plan best{};
   double best_share = 0;
   for (int chunks = (width + LONGEST_CHUNK - 1) / LONGEST_CHUNK;; ++chunks) {
     const int chunk = ((width + chunks - 1) / chunks + STEP - 1) / STEP * STEP;
-    if (best_share >= 0.97 || (best_share > 0 && chunk < SHORTEST_CHUNK)) break;
+    if (best_share >= 0.95 || (best_share > 0 && chunk < SHORTEST_CHUNK)) break;
     const int used = (width + chunk - 1) / chunk;
     const int64_t units = tiles * used;
     const int64_t longest = (units + processors - 1) / processors;
@@ -115,7 +117,8 @@ inline Plan make_plan(int outputs, int width, int slots, bool norm, bool swiglu,
     }
   }
   best.grid = best.units < processors ? best.units : processors;
-  const int stage = stage_bytes(slots, norm);
+  best.pitch = pitch_of(best.chunk);
+  const int stage = stage_bytes(slots, norm, best.pitch);
   const int stages = (SHARED_LIMIT - RING_OFFSET) / stage;
   best.stages = stages < MAX_STAGES ? stages : MAX_STAGES;
   best.shared_bytes = RING_OFFSET + best.stages * stage;
@@ -181,7 +184,7 @@ template <bool NORM, bool SWIGLU, class Weight>
 __device__ __forceinline__ void produce(const Gemv& g, Shared& shared, char* ring, int lane,
                                         int begin, int end) {
   constexpr int OUTPUTS = tile_outputs(SWIGLU);
-  const int stride = stage_bytes(g.slots, NORM);
+  const int pitch = g.plan.pitch, stride = stage_bytes(g.slots, NORM, pitch);
   const int token = lane - ROWS - NORM;
   int live = 0;
 
@@ -192,7 +195,7 @@ __device__ __forceinline__ void produce(const Gemv& g, Shared& shared, char* rin
     const int left = g.outputs - at.tile * OUTPUTS;
     const int outputs = left < OUTPUTS ? left : OUTPUTS;
     const uint32_t bytes = uint32_t(Weight::row_bytes(columns));
-    char* to = ring + at.stage * stride + lane * PITCH;
+    char* to = ring + at.stage * stride + lane * pitch;
     if (lane == 0)
       barrier_expect(&shared.full[at.stage], bytes * outputs * (SWIGLU ? 2 : 1) + NORM * 2 * columns);
     if (lane < ROWS && output < g.outputs) {
@@ -208,7 +211,7 @@ __device__ __forceinline__ void produce(const Gemv& g, Shared& shared, char* rin
     const int columns = columns_of(g, at);
     if (lane == 0) barrier_arrive_expect(&shared.full[at.stage], live * 2 * columns);
     if (token >= 0 && token < live)
-      copy_bulk(ring + at.stage * stride + lane * PITCH,
+      copy_bulk(ring + at.stage * stride + lane * pitch,
                 g.x + token * g.x_stride + int64_t(at.chunk) * g.plan.chunk, 2 * columns,
                 &shared.full[at.stage]);
   };
@@ -287,26 +290,27 @@ __device__ __forceinline__ void consume(const Gemv& g, Shared& shared, const cha
   const int live = live_tokens(g);
   const int warp = thread / 32, lane = thread % 32;
   const int group = lane / 4, quarter = lane % 4;  // of the rows; of a step's columns
+  const int pitch = g.plan.pitch, stride = stage_bytes(g.slots, NORM, pitch);
   const uint4 zero = make_uint4(0, 0, 0, 0);
   float product[4] = {}, squares[4] = {};
   int turn = 0;
   for (Cursor at(g.plan, begin); at.unit < end; at.next(g.plan)) {
     barrier_wait(&shared.full[at.stage], at.parity);
-    const char* stage = ring + at.stage * stage_bytes(g.slots, NORM);
+    const char* stage = ring + at.stage * stride;
     const int columns = columns_of(g, at);
 #pragma unroll 2
     for (int step = warp * STEP; step < columns; step += WARPS * STEP) {
       const int column = step + 8 * quarter;
       // Beyond the last column lies what a longer unit left, which may be NaN: not read.
       const bool here = column < columns;
-      const uint4 upper = here ? Weight::load(stage + group * PITCH, column) : zero;
-      const uint4 lower = here ? Weight::load(stage + (group + 8) * PITCH, column) : zero;
-      const char* row = stage + (ROWS + NORM + group) * PITCH;
+      const uint4 upper = here ? Weight::load(stage + group * pitch, column) : zero;
+      const uint4 lower = here ? Weight::load(stage + (group + 8) * pitch, column) : zero;
+      const char* row = stage + (ROWS + NORM + group) * pitch;
       uint4 x = here && group < live ? Bf16Weight::load(row, column) : zero;
       if (NORM) {
         mma(squares, x.x, 0, x.y, 0, x.x, x.y);
         mma(squares, x.z, 0, x.w, 0, x.z, x.w);
-        const uint4 scale = here ? Bf16Weight::load(stage + ROWS * PITCH, column) : zero;
+        const uint4 scale = here ? Bf16Weight::load(stage + ROWS * pitch, column) : zero;
         x = make_uint4(multiply_pairs(x.x, scale.x), multiply_pairs(x.y, scale.y),
                        multiply_pairs(x.z, scale.z), multiply_pairs(x.w, scale.w));
       }

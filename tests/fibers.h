@@ -43,7 +43,7 @@ struct Index {
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(STACK_BYTES);
+  std::vector<char> stack;  // kept from block to block
   bool done = false;
   uint32_t fragment[6];  // what this lane brings to a product of its warp
 };
@@ -59,8 +59,9 @@ struct Meeting {  // of `size` threads, again and again
   int arrived = 0, rounds = 0;
 };
 
+inline std::vector<Fiber> threads;
+
 struct Block {
-  std::vector<Fiber> threads;
   std::vector<Meeting> warps;
   Meeting everyone, group;
   std::vector<Copy> copies;  // asked for and not done
@@ -81,7 +82,7 @@ inline std::function<void()> kernel, before_dependency, on_dependency;
   std::exit(3);
 }
 
-inline void yield() { swapcontext(&block->threads[current].context, &scheduler); }
+inline void yield() { swapcontext(&threads[current].context, &scheduler); }
 
 template <class Condition>
 void wait_until(Condition holds) {
@@ -102,7 +103,7 @@ inline void meet(Meeting& meeting, int size) {
 
 inline void entry() {
   kernel();
-  block->threads[current].done = moved = true;
+  threads[current].done = moved = true;
 }
 
 // A barrier's 64 bits.
@@ -136,11 +137,13 @@ inline void run_block(int index, int num_threads, size_t shared_bytes, std::mt19
   Block here;
   block = &here;
   block_index.x = index;
-  here.threads.resize(num_threads);
+  threads.resize(num_threads);
   here.warps.resize(num_threads / WARP);
   here.shared.assign(shared_bytes + 128, char(0xff));  // NaN, whatever it is read as
   if (before_dependency) before_dependency();
-  for (Fiber& fiber : here.threads) {
+  for (Fiber& fiber : threads) {
+    fiber.done = false;
+    fiber.stack.resize(STACK_BYTES);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = STACK_BYTES;
@@ -153,10 +156,10 @@ inline void run_block(int index, int num_threads, size_t shared_bytes, std::mt19
   for (int left = num_threads; left > 0;) {
     moved = false;
     for (int i : order) {
-      if (here.threads[i].done) continue;
+      if (threads[i].done) continue;
       current = thread_index.x = i;
-      swapcontext(&scheduler, &here.threads[i].context);
-      left -= here.threads[i].done;
+      swapcontext(&scheduler, &threads[i].context);
+      left -= threads[i].done;
     }
     if (moved) continue;
     if (here.copies.empty()) fail("nobody can go on: a barrier that some do not reach");
@@ -186,7 +189,7 @@ inline void launch(int grid, int num_threads, size_t shared_bytes, uint32_t seed
 #define gridDim fibers::grid_size
 
 inline void __syncthreads() {
-  fibers::meet(fibers::block->everyone, int(fibers::block->threads.size()));
+  fibers::meet(fibers::block->everyone, int(fibers::threads.size()));
 }
 inline void __syncwarp() {
   fibers::meet(fibers::block->warps[fibers::current / fibers::WARP], fibers::WARP);
@@ -287,11 +290,11 @@ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                 uint32_t b1) {
   const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
-  std::memcpy(fibers::block->threads[fibers::current].fragment, mine, sizeof mine);
+  std::memcpy(fibers::threads[fibers::current].fragment, mine, sizeof mine);
   __syncwarp();
   const int first = fibers::current / fibers::WARP * fibers::WARP;
   const int group = fibers::current % fibers::WARP / 4, quarter = fibers::current % 4;
-  const fibers::Fiber* lanes = fibers::block->threads.data() + first;
+  const fibers::Fiber* lanes = fibers::threads.data() + first;
   for (int i = 0; i < 4; ++i) {
     const int row = group, lower = i / 2, column = 2 * quarter + i % 2;
     float sum = 0;

@@ -1,6 +1,6 @@
 // Runs csrc/gemv.cuh on a CPU, case after case from stdin, outputs to stdout.
 //
-// A case is 14 int32 (slots, outputs, width, live or -1, norm, swiglu, bias, residual, processors,
+// A case is 14 int32 (slots, outputs, width, live or the least int, norm, swiglu, bias, residual, processors,
 // seed, early copies, weight stride, x stride, chunk or 0 for the plan's own), a float32 eps, then in
 // bf16 weight, x, norm, bias and residual as far as there are such, and what `out` holds before. The
 // answer is `out`, all of its rows.
@@ -56,6 +56,9 @@ void one_case(int32_t slots) {
     plan.chunk = chunk, plan.chunks = (width + chunk - 1) / chunk;
     plan.units = (outputs + tile - 1) / tile * plan.chunks;
     plan.grid = std::min(plan.units, processors);
+    plan.pitch = pitch_of(chunk);  // and a short ring, which turns often
+    plan.stages = std::min(plan.stages, 3);
+    plan.shared_bytes = RING_OFFSET + plan.stages * stage_bytes(slots, norm, plan.pitch);
   }
   std::vector<float> partial(2 * size_t(plan.grid) * RECORD, NAN);
   std::vector<int> arrivals(plan.grid, 0);
@@ -72,10 +75,14 @@ void one_case(int32_t slots) {
     live = live_tokens;
   };
   fibers::early_copies = early;
-  Gemv g{weight.data, x.data,          norms.data, biases.data,  residuals.data, out.data,
-         live_tokens < 0 ? nullptr : &live,        partial.data(), arrivals.data(), weight_stride,
-         x_stride,    outputs,         outputs,    eps,          slots,          outputs,
-         width,       plan};
+  Gemv g{};
+  g.weight = weight.data, g.x = x.data, g.norm = norms.data;
+  g.bias = biases.data, g.residual = residuals.data, g.out = out.data;
+  g.live = live_tokens == INT32_MIN ? nullptr : &live;
+  g.partial = partial.data(), g.arrivals = arrivals.data();
+  g.weight_stride = weight_stride, g.x_stride = x_stride;
+  g.residual_stride = g.out_stride = g.outputs = outputs;
+  g.eps = eps, g.slots = slots, g.width = width, g.plan = plan;
   for (int launch = 0; launch < 2; ++launch) {  // the second finds what the first one left
     const auto kernel = norm ? (swiglu ? run<true, true> : run<true, false>)
                              : (swiglu ? run<false, true> : run<false, false>);

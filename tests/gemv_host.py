@@ -127,7 +127,7 @@ def ask(program: Path, data: bytes) -> subprocess.CompletedProcess[bytes]:
 
 def _encode(case: Case, inputs: Inputs) -> bytes:
     stride = case.width + case.padding
-    live = -1 if case.live is None else case.live
+    live = -(2**31) if case.live is None else case.live
     head = struct.pack(
         "<14if",
         *(case.slots, case.outputs, case.width, live, case.norm, case.swiglu, case.bias),

@@ -24,9 +24,10 @@ from typing import Any, NoReturn
 import torch
 
 from s1fast.bench.environment import RESULTS, environment, result_path, version
+from s1fast.bench.gemv import OP as GEMV
 from s1fast.bench.layer import OP as LAYER
 from s1fast.bench.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
-from s1fast.bench.op import Op, Problem, Provider, Sizes, parse_shape, shape_name
+from s1fast.bench.op import MissingError, Op, Problem, Provider, Sizes, parse_shape, shape_name
 from s1fast.bench.packed_attention import OP as PACKED_ATTENTION
 from s1fast.bench.providers import measure_shape
 from s1fast.bench.report import compare, csv_text, plot, table
@@ -34,7 +35,7 @@ from s1fast.bench.roofs import lines, roofs
 from s1fast.errors import InputError
 from s1fast.files import make_directory, write_atomic
 
-OPS = (LINEAR_CROSS_ENTROPY, PACKED_ATTENTION, LAYER)
+OPS = (LINEAR_CROSS_ENTROPY, PACKED_ATTENTION, LAYER, GEMV)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class KernelsConfig:
     """One operation only, by name."""
     shape: tuple[str, ...] = ()
     """Shapes instead of the default ones, as T4700xD5120xV152064xmasked50 for linear
-    cross-entropy, S4096xB16xH40xN8xK128 for attention; what is left out keeps its default.
+    cross-entropy, S4096xB16xH40xN8xK128 for attention, M1xN27648xK5120xnormxswiglu for the token
+    loop's products; what is left out keeps its default.
     `masked` is the percentage of rows without label, `peaked` makes logits as after training,
     `ragged` draws lengths as of s1K."""
     against: tuple[str, ...] = ()
@@ -202,7 +204,10 @@ def _function(name: str) -> Callable[..., torch.Tensor]:
 def _launch(op: Op, problem: Problem, shape: str) -> None:
     """Forward and backward twice: to warm up, then where a profiler is told to look."""
     provider: Provider = op.ours
-    forward = provider.build(problem)
+    try:
+        forward = provider.build(problem)
+    except MissingError as error:
+        raise InputError(f"--once: {op.name}: {error}") from None
     problem.full(forward)
     problem.clear()
     if problem.arguments[0].is_cuda:

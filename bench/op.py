@@ -30,9 +30,9 @@ class Problem:
     """One shape with its inputs.
 
     arguments: what our public function takes, in its order. leaves: those of them that get a
-    gradient, by name. upstream: gradient of the output, None for a scalar. flops, num_bytes: the
-    least that forward and backward together must compute, and move through memory. forward_flops:
-    the forward's part.
+    gradient, by name; none for what is never trained, which has no backward. upstream: gradient of
+    the output, None for a scalar. flops, num_bytes: the least that forward and backward together
+    must compute, and move through memory. forward_flops: the forward's part.
     """
 
     arguments: tuple[Any, ...]
@@ -64,6 +64,9 @@ class Problem:
 
     def full(self, forward: Forward) -> Tensor:
         """Forward and backward; the output."""
+        if not self.leaves:
+            with torch.no_grad():
+                return forward()
         self.clear()
         output = forward()
         output.backward(self.upstream)

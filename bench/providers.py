@@ -198,7 +198,7 @@ def _time(problem: Problem, works: dict[str, Working], found: dict[str, Measurem
         name: min(ROUNDS, max(FEWEST_ROUNDS, int(BUDGET_S / (2.5 * seconds + 1e-6))))
         for name, (_, _, seconds) in works.items()
     }
-    for mode in ("forward", "backward", "full"):
+    for mode in ("forward", "backward", "full") if problem.leaves else ("full",):
         calls = {
             name: _guarded(_call(mode, problem, forward), provider.context, found[name])
             for name, (provider, forward, _) in works.items()

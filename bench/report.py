@@ -81,13 +81,14 @@ def cells(shape: dict[str, Any]) -> list[list[str]]:
         if one["status"] != "ok":
             rows.append([one["provider"], f"{one['status']}: {one['reason']}"])
             continue
-        full = one["timings"]["full"]
+        timings, full = one["timings"], one["timings"]["full"]
+        modes = [mode for mode in MODES if mode in timings]
         rows.append(
             [
                 one["provider"],
-                *(f"{one['timings'][mode]['median_ms']:.3f}" for mode in MODES),
+                *(f"{timings[m]['median_ms']:.3f}" if m in timings else "" for m in MODES),
                 f"{full['q20_ms']:.3f}-{full['q80_ms']:.3f}",
-                " / ".join(f"{one['tflops'][mode]:.3g}" for mode in MODES),
+                " / ".join(f"{one['tflops'][mode]:.3g}" for mode in modes),
                 f"{100 * one['roof_fraction']:.1f} %",
                 "" if one["extra_bytes"] is None else f"{one['extra_bytes'] / 1e9:.2f}",
                 _error(one),

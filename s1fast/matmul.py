@@ -109,7 +109,9 @@ def prepare(choice: Choice, device: torch.device, weights: Mapping[str, Tensor])
             'matmul = "torch"'
         )
     check_weights(weights)
-    return Matmul("cuda", new_workspace(device))
+    made = Matmul("cuda", new_workspace(device))
+    torch.cuda.synchronize(device)  # weights are read ahead of the stream: see gemv
+    return made
 
 
 def check_weights(weights: Mapping[str, Tensor]) -> None:
@@ -144,7 +146,8 @@ def gemv(
 
     Args:
         x_MK: bf16, 1 to 8 rows.
-        weight_NK: bf16. With swiglu gate rows, then as many up rows.
+        weight_NK: bf16. With swiglu gate rows, then as many up rows. Like norm_K it is asked for
+            before the kernel queued ahead of this one has ended: nothing there may write to it.
         workspace: of `new_workspace`; back to zero afterwards.
         norm_K: scale of an RMSNorm of x with `eps`, or None for none. Where rms_norm rounds x after
             normalising it and again after scaling, this rounds x * norm only.

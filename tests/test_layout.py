@@ -55,8 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainer",
     },
     "recipes": {"budget", "chat", "decoder", "errors", "files", "hub", "recipes", "rows"},
-    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "model", "packing"}
-    | {"trainer"},
+    "bench": {"bench", "chat", "decoder", "errors", "files", "kernels", "matmul", "model"}
+    | {"packing", "trainer"},
     "cli": {"__init__", "bench", "budget", "build", "config", "console", "decoder", "demo"}
     | {"errors"}
     | {"recipes", "trainer"},

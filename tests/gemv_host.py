@@ -109,7 +109,7 @@ def build(folder: Path, *extra: str) -> Path:
 
 def run(program: Path, cases: Sequence[Case], inputs: Sequence[Inputs]) -> list[Tensor]:
     """The outputs in bf16, all rows."""
-    done = ask(program, b"".join(_encode(c, i) for c, i in zip(cases, inputs, strict=True)))
+    done = ask(program, b"".join(encode(c, i) for c, i in zip(cases, inputs, strict=True)))
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     answers, at = [], 0
     for case in cases:
@@ -125,7 +125,8 @@ def ask(program: Path, data: bytes) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([str(program)], input=data, capture_output=True, timeout=300)
 
 
-def _encode(case: Case, inputs: Inputs) -> bytes:
+def encode(case: Case, inputs: Inputs) -> bytes:
+    """A case as gemv_fibers.cpp reads it."""
     stride = case.width + case.padding
     live = -(2**31) if case.live is None else case.live
     head = struct.pack(

@@ -176,14 +176,12 @@ def test_at_length(run: Run) -> None:
     run([Case(slots=2, outputs=608, width=896, norm=True, swiglu=True, processors=132)])
 
 
-def test_the_emulation_has_teeth(program: Path, tmp_path: Path) -> None:
-    """What it is there to find ends it with a message: here, memory read beyond its end."""
-    case = Case(slots=1, outputs=16, width=64)
-    inputs = make_inputs(case)
-    data = bytearray(gemv_host._encode(case, [inputs][0]))
-    data[4 * 11 : 4 * 12] = (72).to_bytes(4, "little")  # rows are said to lie further apart
-    done = gemv_host.ask(program, bytes(data[:-40]))
-    assert done.returncode == 2 and not done.stdout  # the arrays no longer fit what was sent
+def test_the_emulation_is_strict(program: Path) -> None:
+    """Columns that end on no multiple of 16 bytes: a bulk copy refuses them."""
+    case = Case(slots=1, outputs=16, width=20)
+    done = gemv_host.ask(program, gemv_host.encode(case, make_inputs(case)))
+    assert done.returncode == 3 and not done.stdout
+    assert b"a bulk copy whose ends or size do not divide by 16" in done.stderr
 
 
 # -- what it compiles to -----------------------------------------------------------------------

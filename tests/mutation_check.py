@@ -93,9 +93,9 @@ MUTATIONS = (
     _gemv("arrivals left over", "if (thread == 0) g.arrivals[first] = 0;", ""),
     _gemv("two shares in one place", "2 * block + (block == first)", "2 * block"),
     _gemv(
-        "a tile summed by whoever arrives",
+        "a tile summed too early",
         "atomicAdd(&g.arrivals[first], 1) == last - first",
-        "atomicAdd(&g.arrivals[first], 1) == 0",
+        "atomicAdd(&g.arrivals[first], 1) == 1",
     ),
     _gemv("squares of another token", "group % 2 ? squares[1] : squares[0]", "squares[0]"),
     _gemv("mean of a chunk", "value(SUMS + token) / g.width", "value(SUMS + token) / g.plan.chunk"),

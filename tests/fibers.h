@@ -5,6 +5,7 @@
 //   - bulk copies are late (done when nobody can go on without them) or early (done at once), so
 //     that reading too soon and overwriting too soon both show; sizes and addresses must divide by 16;
 //   - what a kernel before this one writes is NaN until a block has waited for it;
+//   - warps fall asleep for a while, so that one may be far behind another;
 //   - a barrier that not all reach, or whose bytes do not add up, ends the program with a message.
 #pragma once
 
@@ -153,15 +154,20 @@ inline void run_block(int index, int num_threads, size_t shared_bytes, std::mt19
   std::vector<int> order(num_threads);
   for (int i = 0; i < num_threads; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random);
+  std::vector<int> asleep(here.warps.size(), 0);  // for so many rounds
+  moved = true;
   for (int left = num_threads; left > 0;) {
+    for (int& rounds : asleep)  // all are woken before it is said that nobody can go on
+      rounds = !moved ? 0 : rounds ? rounds - 1 : random() % 16 ? 0 : int(random() % 64);
+    const bool all_awake = std::count(asleep.begin(), asleep.end(), 0) == int(asleep.size());
     moved = false;
     for (int i : order) {
-      if (threads[i].done) continue;
+      if (threads[i].done || asleep[i / WARP]) continue;
       current = thread_index.x = i;
       swapcontext(&scheduler, &threads[i].context);
       left -= threads[i].done;
     }
-    if (moved) continue;
+    if (moved || !all_awake) continue;
     if (here.copies.empty()) fail("nobody can go on: a barrier that some do not reach");
     const size_t next = random() % here.copies.size();  // any may be the first to come
     perform(here.copies[next]);

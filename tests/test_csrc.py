@@ -145,8 +145,9 @@ def test_tiles_shared_by_blocks(form: dict[str, bool], run: Run) -> None:
 
 
 def test_rings_that_turn_often(run: Run) -> None:
-    """Many more units than stages in a block."""
+    """Many more units than stages in a block; and many tiles, one warp well ahead of another."""
     run([Case(slots=8, outputs=48, width=640, chunk=32, processors=1, early=e) for e in (0, 1)])
+    run([Case(slots=8, outputs=640, width=32, processors=1, seed=s, early=True) for s in (0, 1)])
 
 
 @pytest.mark.slow

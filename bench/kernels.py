@@ -25,10 +25,11 @@ import torch
 
 from s1fast.bench.adamw import OP as ADAMW
 from s1fast.bench.environment import RESULTS, environment, result_path, version
+from s1fast.bench.gemv import OP as GEMV
 from s1fast.bench.layer import OP as LAYER
 from s1fast.bench.linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 from s1fast.bench.memory_bound import RMS_NORM, ROPE, SWIGLU
-from s1fast.bench.op import Op, Problem, Provider, Sizes, parse_shape, shape_name
+from s1fast.bench.op import MissingError, Op, Problem, Provider, Sizes, parse_shape, shape_name
 from s1fast.bench.packed_attention import OP as PACKED_ATTENTION
 from s1fast.bench.providers import measure_shape
 from s1fast.bench.report import compare, csv_text, plot, table
@@ -36,7 +37,16 @@ from s1fast.bench.roofs import lines, roofs
 from s1fast.errors import InputError
 from s1fast.files import make_directory, write_atomic
 
-OPS = (LINEAR_CROSS_ENTROPY, PACKED_ATTENTION, RMS_NORM, ROPE, SWIGLU, ADAMW, LAYER)
+OPS = (
+    LINEAR_CROSS_ENTROPY,
+    PACKED_ATTENTION,
+    RMS_NORM,
+    ROPE,
+    SWIGLU,
+    ADAMW,
+    LAYER,
+    GEMV,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +58,8 @@ class KernelsConfig:
     shape: tuple[str, ...] = ()
     """Shapes instead of the default ones, as T4700xD5120xV152064xmasked50 for linear
     cross-entropy, S4096xB16xH40xN8xK128 for attention, R4700 for what only moves memory,
-    P2000xnarrowxclip for AdamW; what is left out keeps its default.
+    P2000xnarrowxclip for AdamW, M1xN27648xK5120xnormxswiglu for the token loop's products; what is
+    left out keeps its default.
     `masked` is the percentage of rows without label, `peaked` makes logits as after training,
     `ragged` draws lengths as of s1K."""
     against: tuple[str, ...] = ()
@@ -205,7 +216,10 @@ def _function(name: str) -> Callable[..., torch.Tensor]:
 def _launch(op: Op, problem: Problem, shape: str) -> None:
     """Forward and backward twice: to warm up, then where a profiler is told to look."""
     provider: Provider = op.ours
-    forward = provider.build(problem)
+    try:
+        forward = provider.build(problem)
+    except MissingError as error:
+        raise InputError(f"--once: {op.name}: {error}") from None
     problem.full(forward)
     problem.clear()
     if problem.arguments[0].is_cuda:

@@ -81,7 +81,8 @@ def cells(shape: dict[str, Any]) -> list[list[str]]:
         if one["status"] != "ok":
             rows.append([one["provider"], f"{one['status']}: {one['reason']}"])
             continue
-        full = one["timings"]["full"]
+        timings, full = one["timings"], one["timings"]["full"]
+        modes = [mode for mode in MODES if mode in timings]
         rows.append(
             [
                 one["provider"],

@@ -41,6 +41,10 @@ Measure
   compare A B                          two results folders, with paired intervals
   bench kernels                        time our kernels beside their peers and the device's ceilings
 
+Set up
+  build                                compile the CUDA kernels of the token loop now, not on first
+                                       use; needs nvcc and no GPU
+
 Examples
   s1fast train recipes/smollm2-gsm8k-cpu.toml --data.preview 2
   s1fast train recipes/smollm2-gsm8k-cpu.toml --output out/mine --optim.lr 2e-5
@@ -137,6 +141,7 @@ def main() -> None:
         "compare": _compare,
         "distill": _distill,
         "curate": _curate,
+        "build": _build,
     }
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -366,3 +371,17 @@ def _curate(arguments: list[str]) -> None:
     config = _parse(CurateConfig, arguments[len(given) :], f"s1fast {usage}")
     console = Console()
     console.print(str(curate([Path(given[0])], Path(given[1]), config, console)))
+
+
+def _build(arguments: list[str]) -> None:
+    if "-h" in arguments or "--help" in arguments:
+        print(
+            "usage: s1fast build\n\nCompile the CUDA kernels and print where they lie: in "
+            "$S1FAST_CACHE, by default ~/.cache/s1fast."
+        )
+        return
+    if arguments:
+        raise InputError(f"usage: s1fast build; it takes no {arguments[0]!r}")
+    from s1fast.build import build
+
+    print(build())

@@ -75,6 +75,24 @@ def nvcc() -> str:
 
 
 @pytest.fixture(scope="session")
+def csrc_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where csrc is compiled into, once for all tests, and not into the user's cache."""
+    folder = tmp_path_factory.mktemp("csrc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S1FAST_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def csrc_library(nvcc: str, csrc_cache: Path) -> Path:
+    """csrc's shared object."""
+    from s1fast.build import build
+
+    assert nvcc and csrc_cache
+    return build()
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tokenizer.json of a byte-level BPE with ChatML's special tokens, about 400 ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

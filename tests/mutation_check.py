@@ -23,6 +23,7 @@ from pathlib import Path
 
 import mutations_adamw
 import mutations_attention
+import mutations_csrc
 import mutations_loss
 import mutations_memory_bound
 from mutation import Mutation
@@ -36,6 +37,7 @@ MUTATIONS = (
     *mutations_attention.MUTATIONS,
     *mutations_memory_bound.MUTATIONS,
     *mutations_adamw.MUTATIONS,
+    *mutations_csrc.MUTATIONS,
 )
 
 

@@ -285,6 +285,7 @@ def test_bad_value(assignment: str, refused: Refused) -> None:
     [
         (["fly"], "no command 'fly'; there are train, plan, export, generate, demo"),
         (["--train"], "no command '--train'"),
+        (["build", "csrc"], "usage: s1fast build; it takes no 'csrc'"),
         (["train"], "usage: s1fast train RECIPE.toml"),
         (["train", "gone.toml"], "gone.toml: cannot be read: No such file"),
         (["train", "model"], "model: cannot be read: Is a directory"),
@@ -516,7 +517,7 @@ def test_help_is_quick_and_complete(work: Path) -> None:
         seconds.append(time.perf_counter() - began)
         assert (done.code, done.err) == (0, "")
     assert statistics.median(seconds) < 0.5
-    for name in ("train", "export", "generate", "demo", "distill", "curate"):
+    for name in ("train", "export", "generate", "demo", "distill", "curate", "build"):
         assert f"\n  {name} " in done.out
     assert spawn().code == 2
 
@@ -539,7 +540,9 @@ sys.exit(sorted({{"torch", "transformers"}} & set(sys.modules)))
     assert done.stderr == "[]\n"
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "export", "demo", "distill", "curate"])
+@pytest.mark.parametrize(
+    "name", ["train", "generate", "export", "demo", "distill", "curate", "build"]
+)
 def test_help_of_commands(name: str, command: Command, work: Path) -> None:
     before = tree(work)
     for arguments in ([name, "--help"], [name, "model", "-h"], [name, "a", "b", "--help"]):

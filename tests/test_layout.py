@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "automaton": {"errors"},
     "budget": {"automaton", "chat", "errors"},
     "balance": set(),
+    "build": {"errors", "files"},
+    "matmul": {"build", "errors", "kernels"},
     "packing": {"chat"},
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels", "slices"},
@@ -94,7 +96,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"budget", "chat", "decoder", "errors", "files", "grading", "hub", "recipes"}
     | {"rows"},
     "bench": {"balance", "bench", "chat", "config", "decoder", "errors", "files", "kernels"}
-    | {"metrics", "model", "packing", "parallel", "plan", "planner", "published", "rates", "step"},
+    | {"matmul", "metrics", "model", "packing", "parallel", "plan", "planner", "published", "rates"}
+    | {"step"},
     "tasks": {"errors", "files", "hub", "rows"},
     "scaling": set(),
     "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "request", "tasks"},
@@ -102,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "results": {"answers", "curves", "errors", "files", "grading", "recipes", "scaling", "tasks"},
     "evaluate": {"answers", "errors", "files", "metrics", "recipes", "results", "tasks"},
     "cli": {"__init__", "bench", "budget", "config", "console", "curves", "decoder", "demo"}
-    | {"errors", "evaluate", "plan", "recipes", "trainer"},
+    | {"build", "errors", "evaluate", "plan", "recipes", "trainer"},
     "__main__": {"cli"},
 }
 

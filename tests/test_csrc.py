@@ -1,0 +1,303 @@
+"""csrc: its kernel run on a CPU against float64, and compiled for sm_90a within its budgets."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import gemv_host
+from gemv_host import UNTOUCHED, Case, Inputs, exact, make_inputs
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGETS = ROOT / "tests" / "csrc_budgets.json"
+SHARED_BYTES = 233_472
+"""Of an H100's multiprocessor; each block takes 1,024 of them beside its own."""
+
+FORMS = [
+    {"norm": norm, "swiglu": swiglu, "residual": residual, "bias": bias}
+    for norm, swiglu, residual, bias in (
+        (False, False, False, False),  # head of a tied model, products before a reduction
+        (False, False, True, False),  # o, down
+        (True, False, False, True),  # qkv
+        (True, False, False, False),  # head
+        (True, True, False, False),  # gate-up
+        (False, True, False, False),
+    )
+]
+
+Run = Callable[[list[Case]], list[Tensor]]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++; unproven: that csrc's kernel computes what it should")
+    return gemv_host.build(tmp_path_factory.mktemp("gemv"))
+
+
+@pytest.fixture(scope="session")
+def run(program: Path) -> Run:
+    """Runs cases, checks every output against float64 and that nothing else was written."""
+
+    def run(cases: list[Case]) -> list[Tensor]:
+        inputs = [make_inputs(case) for case in cases]
+        outputs = gemv_host.run(program, cases, inputs)
+        for case, given, found_MN in zip(cases, inputs, outputs, strict=True):
+            check(case, given, found_MN)
+        return outputs
+
+    return run
+
+
+def check(case: Case, inputs: Inputs, found_MN: Tensor) -> None:
+    exact_MN, bound_MN = exact(case, inputs)
+    live = case.num_live
+    off_MN = (found_MN.double() - exact_MN).abs()[:live]
+    assert (off_MN <= bound_MN[:live]).all(), f"{case}: {(off_MN / bound_MN[:live]).max()} bounds"
+    assert (found_MN[live:] == UNTOUCHED).all(), f"{case}: wrote rows that are not live"
+
+
+# -- what it computes --------------------------------------------------------------------------
+
+
+def test_the_bound_is_tight() -> None:
+    """It admits a rounding and not two; nor one missing term, nor a missing epsilon."""
+    case = Case(slots=2, outputs=64, width=256, residual=True)
+    inputs = make_inputs(case)
+    exact_MN, bound_MN = exact(case, inputs)
+    check(case, inputs, exact_MN.bfloat16())
+    for wrong_MN in (
+        exact_MN * (1 + 2.0**-6),
+        exact_MN - (inputs.x_MK[:, :1].double() * inputs.weight_NK[:, 0].double()),
+        exact_MN - inputs.residual_MN.double(),
+    ):
+        with pytest.raises(AssertionError, match="bounds"):
+            check(case, inputs, wrong_MN.bfloat16())
+    assert (bound_MN <= 2.0**-7 * exact_MN.abs() + 0.02).all()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "+".join(k for k, v in form.items() if v))
+def test_every_number_of_tokens(form: dict[str, bool], run: Run) -> None:
+    """M 1 ... 8 at ragged N and K; and a token's bits are the same in every company."""
+    cases = [
+        Case(slots=m, outputs=43, width=296, processors=3, seed=m, early=m % 2 == 0, **form)
+        for m in range(1, 9)
+    ]
+    *fewer, most = run(cases)
+    for found_MN in fewer:
+        assert torch.equal(found_MN, most[: len(found_MN)])
+
+
+@pytest.mark.parametrize("form", FORMS[2:5], ids=("qkv", "head", "gate-up"))
+def test_live_tokens_are_counted_on_the_device(form: dict[str, bool], run: Run) -> None:
+    """Rows beyond are neither read nor written; counts out of range are brought into it."""
+    case = Case(slots=8, outputs=24, width=136, processors=3, **form)
+    counts = (8, 1, 3, 0, 11, -2)
+    whole, *others = run([replace(case, live=n, early=n % 2 == 1) for n in counts])
+    for count, found_MN in zip(counts[1:], others, strict=True):
+        live = max(0, min(count, 8))
+        assert torch.equal(found_MN[:live], whole[:live])
+
+
+def test_ragged_shapes(run: Run) -> None:
+    """N around a tile, K around a load, a step and the longest chunk; rows apart, NaN between."""
+    sizes = [(n, k) for n in (1, 8, 9, 16, 33) for k in (8, 24, 40, 512, 520, 1032)]
+    run(
+        [
+            Case(
+                slots=1 + i % 3,
+                outputs=n,
+                width=k,
+                padding=8 * (i % 4),
+                processors=1 + i % 5,
+                seed=i,
+                early=i % 2 == 0,
+                **FORMS[i % len(FORMS)],
+            )
+            for i, (n, k) in enumerate(sizes)
+        ]
+    )
+
+
+@pytest.mark.parametrize("form", FORMS[1:5:3], ids=("down", "gate-up"))
+def test_tiles_shared_by_blocks(form: dict[str, bool], run: Run) -> None:
+    """From none to all shared, by two or by many blocks: and the same bits in whatever order the
+    blocks and copies come."""
+    case = Case(slots=3, outputs=40, width=200, chunk=32, **form)
+    for processors in (1, 4, 19):
+        first, *others = run(
+            [
+                replace(case, processors=processors, seed=seed, early=early)
+                for seed, early in ((0, False), (1, False), (2, True))
+            ]
+        )
+        assert all(torch.equal(found, first) for found in others)
+
+
+def test_rings_that_turn_often(run: Run) -> None:
+    """Many more units than stages in a block; and many tiles, one warp well ahead of another."""
+    run([Case(slots=8, outputs=48, width=640, chunk=32, processors=1, early=e) for e in (0, 1)])
+    run([Case(slots=8, outputs=640, width=32, processors=1, seed=s, early=True) for s in (0, 1)])
+
+
+@pytest.mark.slow
+def test_at_length(run: Run) -> None:
+    """Random cases; and a real shard's shape, the gate-up of 0.5B."""
+    draw = torch.Generator().manual_seed(7)
+
+    def up_to(most: int) -> int:
+        return int(torch.randint(1, most + 1, (), generator=draw))
+
+    cases = [
+        Case(
+            slots=up_to(8),
+            outputs=up_to(70),
+            width=8 * up_to(100),
+            live=None if i % 3 else up_to(9) - 1,
+            padding=8 * (up_to(3) - 1),
+            processors=up_to(20),
+            chunk=0 if i % 2 else 32 * up_to(8),
+            seed=i,
+            early=i % 4 < 2,
+            **FORMS[i % len(FORMS)],
+        )
+        for i in range(120)
+    ]
+    for start in range(0, len(cases), 20):
+        run(cases[start : start + 20])
+    run([Case(slots=2, outputs=608, width=896, norm=True, swiglu=True, processors=132)])
+
+
+def test_the_emulation_is_strict(program: Path) -> None:
+    """Columns that end on no multiple of 16 bytes: a bulk copy refuses them."""
+    case = Case(slots=1, outputs=16, width=20)
+    done = gemv_host.ask(program, gemv_host.encode(case, make_inputs(case)))
+    assert done.returncode == 3 and not done.stdout
+    assert b"a bulk copy whose ends or size do not divide by 16" in done.stderr
+
+
+# -- what it compiles to -----------------------------------------------------------------------
+
+
+def cuobjdump(*arguments: str) -> str:
+    triton = pytest.importorskip("triton")
+    assert triton
+    from triton import knobs
+
+    command = [knobs.nvidia.cuobjdump.path, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+INSTRUCTIONS = {
+    "bulk_copies": r"\bUBLKCP\b",
+    "tensor_products": r"\bHMMA\.16816\.F32\.BF16\b",
+    "waits_for_predecessor": r"\bACQBULK\b",
+    "releases_successor": r"\bPREEXIT\b",
+    "bytes_awaited": r"\bSYNCS\.PHASECHK\.TRANS64\.TRYWAIT\b",
+    "wide_shared_loads": r"\bLDS\.128\b",
+}
+AT_LEAST = {"bulk_copies": 2, "wide_shared_loads": 3, "tensor_products": 2} | dict.fromkeys(
+    ("waits_for_predecessor", "releases_successor", "bytes_awaited"), 1
+)
+
+
+def measured(library: Path) -> dict[str, dict[str, int]]:
+    """Kernel -> registers, stack, and how many of each instruction."""
+    found = {}
+    usage = cuobjdump("-res-usage", str(library))
+    for name, registers, stack in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage):
+        norm, swiglu = re.findall(r"Lb([01])E", name)
+        key = f"gemv/{'norm' if norm == '1' else 'plain'}{'/swiglu' if swiglu == '1' else ''}"
+        sass = cuobjdump("-sass", "-fun", name, str(library))
+        counts = {k: len(re.findall(pattern, sass)) for k, pattern in INSTRUCTIONS.items()}
+        found[key] = {"registers": int(registers), "stack_bytes": int(stack), **counts}
+    return found
+
+
+def test_kernels_keep_to_their_budgets(csrc_library: Path) -> None:
+    """Registers as recorded at most; nothing on the stack, where spilled registers would go; the
+    instructions that make it what it is."""
+    budgets = json.loads(BUDGETS.read_text())
+    found = measured(csrc_library)
+    assert found.keys() == budgets.keys()
+    for name, numbers in found.items():
+        assert numbers["registers"] <= budgets[name]["registers"], name
+        assert numbers["stack_bytes"] == 0, name
+        for instruction, least in AT_LEAST.items():
+            assert numbers[instruction] >= least, f"{name}: {instruction}"
+
+
+class Plan(ctypes.Structure):
+    """csrc/gemv.cuh's."""
+
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("chunk", "chunks", "units", "grid", "pitch", "stages", "shared_bytes")
+    ]
+
+
+MODELS = {  # width, feed-forward, query heads, kv heads, head width, vocabulary
+    "0.5B": (896, 4864, 14, 2, 64, 151936),
+    "1.5B": (1536, 8960, 12, 2, 128, 151936),
+    "7B": (3584, 18944, 28, 4, 128, 152064),
+    "14B": (5120, 13824, 40, 8, 128, 152064),
+    "32B": (5120, 27648, 40, 8, 128, 152064),
+    "72B": (8192, 29568, 64, 8, 128, 152064),
+}
+
+
+def shapes() -> Iterator[tuple[str, int, int, bool, bool]]:
+    """(name, outputs, width, norm, swiglu) of every product on a rank."""
+    for model, (d, f, h, n, k, v) in MODELS.items():
+        for ranks in (1, 2, 4, 8):
+            if h % ranks:
+                continue
+            heads, kv = h // ranks, max(1, n // ranks)
+            name = f"{model}/tp{ranks}"
+            yield f"{name}/qkv", (heads + 2 * kv) * k, d, True, False
+            yield f"{name}/o", d, heads * k, False, False
+            yield f"{name}/gate-up", f // ranks, d, True, True
+            yield f"{name}/down", d, f // ranks, False, False
+            yield f"{name}/head", v // ranks, d, True, False
+
+
+def test_plans_of_real_shapes(csrc_library: Path) -> None:
+    """Two blocks to a multiprocessor; enough bytes in flight; all of them busy to the end.
+
+    In flight: 3.35 TB/s for a microsecond, shared by 132 multiprocessors, is 25 KB each, and twice
+    that is asked for. Busy: the mean block's stretch over the longest one's. Below 16 MB a launch
+    lasts 5 us, and less is asked.
+    """
+    plan_of = ctypes.CDLL(str(csrc_library)).s1fast_plan
+    plan_of.restype = Plan
+    processors, lowest = 132, {}
+    for name, outputs, width, norm, swiglu in shapes():
+        for slots in (1, 8):
+            plan = plan_of(outputs, width, slots, norm, swiglu, processors)
+            assert plan.grid <= processors and plan.shared_bytes + 1024 <= SHARED_BYTES // 2, name
+            assert plan.chunk % 32 == 0 and (plan.chunks - 1) * plan.chunk < width, name
+            assert plan.chunks * plan.chunk >= width, name
+            assert plan.pitch >= 2 * plan.chunk and plan.pitch % 128 == 64, name
+            assert plan.stages * 16 * 2 * plan.chunk >= 2 * 25_000, name
+            rows_per_tile = 8 if swiglu else 16
+            tiles = -(-outputs // rows_per_tile)
+            assert plan.units == tiles * plan.chunks
+            longest = -(-plan.units // plan.grid) * plan.chunk
+            busy = tiles * width / (longest * processors)
+            num_bytes = outputs * width * (4 if swiglu else 2)
+            lowest[name] = (busy, num_bytes)
+    for name, (busy, num_bytes) in lowest.items():
+        if num_bytes >= 16 << 20:
+            assert busy >= 0.95, (name, busy)
+        else:
+            assert busy >= 0.7, (name, busy)

@@ -81,8 +81,7 @@ def cells(shape: dict[str, Any]) -> list[list[str]]:
         if one["status"] != "ok":
             rows.append([one["provider"], f"{one['status']}: {one['reason']}"])
             continue
-        timings, full = one["timings"], one["timings"]["full"]
-        modes = [mode for mode in MODES if mode in timings]
+        full = one["timings"]["full"]
         rows.append(
             [
                 one["provider"],

@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import pickle
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import dumps
 from typing import Any
 
 import torch
@@ -219,7 +219,7 @@ class Profile:
         make_directory(self._folder)
         remove_leftovers(self._folder)
         if memory is not None:
-            write_atomic(self._folder / "memory.pickle", pickle.dumps(memory))
+            write_atomic(self._folder / "memory.pickle", dumps(memory))
         found, device = breakdown(self._write_trace()["traceEvents"]), self._layout.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         text = table(found, self._steps, f"{name}, rank 0 of {self._layout.world}")

@@ -585,9 +585,9 @@ def unpickling(source: str) -> list[str]:
             found += [a.name for a in node.names if a.name.split(".")[0] in UNPICKLERS]
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            if module.split(".")[0] in UNPICKLERS:
-                found.append(module)
             names = {a.name for a in node.names}
+            if module.split(".")[0] in UNPICKLERS and names != {"dumps"}:  # which only writes
+                found.append(module)
             if module.split(".")[0] == "torch" and names & {"load", "save", "*"}:
                 found.append(f"{module}: {names}")
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

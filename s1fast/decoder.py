@@ -279,6 +279,8 @@ class Engine:
         """All of them or, where one cannot be honoured, none."""
         if self._ranks is not None and self._ranks.rank:
             raise InputError("ranks: only rank 0 is asked; the others call Engine.follow")
+        if self._ranks is not None and self._ranks.group is None:
+            raise InputError("ranks: this engine was closed; make another")
         compiled = [compile_request(request, self.chat, self.context) for request in requests]
         for request, (ids, cells) in zip(requests, compiled, strict=True):
             self._check_fits(request, ids, cells)
@@ -317,13 +319,16 @@ class Engine:
         if self._ranks is None or not self._ranks.rank:
             raise InputError("ranks: follow is for the ranks above 0")
         self._run()
+        self._ranks.close()
 
     def close(self) -> None:
-        """Lets the other ranks' `follow` return. An engine of one rank needs no closing."""
-        if self._ranks is not None and not self._ranks.rank:
+        """Ends the group of ranks: the others' `follow` returns, and no rank decodes any more. An
+        engine of one rank needs no closing."""
+        if self._ranks is not None and not self._ranks.rank and self._ranks.group is not None:
             while (thread := self._thread) is not None:
                 thread.join()
             self._ranks.share(None)
+            self._ranks.close()
 
     @torch.inference_mode()
     def _run(self) -> None:

@@ -55,6 +55,12 @@ class Ranks:
         dist.broadcast_object_list(box, 0, group=self.group)
         return box[0]
 
+    def close(self) -> None:
+        """Ends the group with its threads: one that Python's own end meets would abort it."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
 
 def shard_config(config: ModelConfig, count: int, where: str) -> ModelConfig:
     """The config of one rank's part.

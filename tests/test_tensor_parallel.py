@@ -51,7 +51,14 @@ handle = engine.submit(Request(prompt=prompts[0], params=SamplingParams(max_toke
 next(iter(handle))
 handle.cancel()
 engine.close()
+engine.close()
 assert engine.pages.held == 0
+try:
+    engine.generate(prompts)
+except InputError as error:
+    assert "closed" in str(error)
+else:
+    raise AssertionError("a closed engine was asked")
 with open(out, "w") as file:
     json.dump({"sizes": sizes, "found": [dataclasses.asdict(c) for c in found]}, file)
 dist.destroy_process_group()

@@ -33,8 +33,9 @@ from s1fast.kernels.jit import constant, jit, tl, triton
 LOWEST = constant(-1e30)  # finite: a row that has seen nothing yet must not make a NaN
 LOG2_E = 1.4426950408889634
 
-Tile = tuple[int, int, int, int]
-"""(query rows, key rows, warps, stages)."""
+Tile = tuple[int, ...]
+"""(query rows, key rows, warps, stages), and the most registers of a thread where, without such a
+bound, only one block would run on a multiprocessor."""
 FORWARD: dict[int, Tile] = {64: (128, 128, 8, 3), 128: (128, 128, 8, 3)}
 DQUERY: dict[int, Tile] = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}
 DKEY: dict[int, Tile] = {64: (64, 128, 8, 3), 128: (64, 64, 4, 2)}
@@ -368,9 +369,10 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _constants(tile: Tile, width: int, causal: bool) -> tuple[dict[str, Any], dict[str, int]]:
-    rows, columns, warps, stages = tile
+    rows, columns, warps, stages, *registers = tile
     constants = {"K": width, "M": rows, "N": columns, "STAGES": stages, "CAUSAL": causal}
-    return constants, {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages}
+    return constants, options | ({"maxnreg": registers[0]} if registers else {})
 
 
 def _launch(kernel, grid: int, tile: Tile, width: int, causal: bool, *arguments) -> None:

@@ -334,9 +334,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model: the code path alone")
     parser.add_argument("--model", choices=SIZES, default="3B", help="whose shape of Qwen2.5")
     parser.add_argument("--recompute", choices=get_args(Recompute), default="auto")
-    parser.add_argument(
-        "--only", nargs="*", help="peers whose name has one of these, or none"
-    )
+    parser.add_argument("--only", nargs="*", help="peers whose name has one of these, or none")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not given.small:

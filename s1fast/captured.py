@@ -83,7 +83,7 @@ class Captured(Loop):
         self._device = device
         self._armed: dict[int, Row] = {}
         self._resident: dict[int, Row] = {}  # whose ids and pages the device has, by line
-        self._stale = False  # the next step is laid out for other rows than those armed
+        self._laid_out: int | None = None  # the bucket that the next step is laid out for
         self._flying: deque[Launch] = deque()
         self._leaving: list[tuple[Launch, list[int], int]] = []
         self._number = 0
@@ -127,7 +127,7 @@ class Captured(Loop):
                 self._device.lay_out(bucket)
                 self._device.graphs.run(bucket)
                 self._number += 1
-        self._stale = True
+        self._laid_out = None
 
     # -- to the device ---------------------------------------------------------------------------
 
@@ -185,15 +185,15 @@ class Captured(Loop):
     def _arm(self, row: Row) -> None:
         self._device.arm(row, self.speculate)
         self._armed[row.line] = row
-        self._stale = True
+        self._laid_out = None
 
     def _launch(self) -> None:
         number = self._number
         if self._armed:
             bucket = self._device.graphs.bucket(len(self._armed))
-            if self._stale:
+            if self._laid_out != bucket:
                 self._device.lay_out(bucket)
-                self._stale = False
+                self._laid_out = bucket
             self._device.graphs.run(bucket)
             self._number += 1
             self.stats.steps += 1
@@ -229,19 +229,20 @@ class Captured(Loop):
             if row.done:  # a stop text ends a row here alone
                 break
         self.scheduler.name(row, row.cached)
+        if row.done and not row.params.stop:
+            # The device knew: no launch after this one has seen the row.
+            del self._armed[row.line], self._resident[row.line]
         self._after(row, pieces, scheduled=True)
 
     def _retire(self, pages: list[int], line: int) -> None:
         """A row leaves: what launches under way may write to stays its own until they are done."""
-        if line >= 0:
-            self._resident.pop(line, None)
-            if self._armed.pop(line, None) is not None:
-                self._device.disarm(line)
-                self._stale = True
-            if self._flying:
-                self._leaving.append((self._flying[-1], pages, line))
-                return
-        self.scheduler.give_back(pages, line)
+        if self._armed.pop(line, None) is not None:
+            self._device.disarm(line)
+            self._laid_out = None
+        if self._resident.pop(line, None) is not None and self._flying:
+            self._leaving.append((self._flying[-1], pages, line))
+        else:
+            self.scheduler.give_back(pages, line)
 
     def _plain(self) -> None:
         """The host's own step, when nothing is under way."""
@@ -249,7 +250,7 @@ class Captured(Loop):
             self._land()
         for line in self._armed:
             self._device.disarm(line)
-        self._armed, self._resident, self._stale = {}, {}, True
+        self._armed, self._resident, self._laid_out = {}, {}, None
         super().step()
 
 

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"errors", "files", "markers"},
     "snapshot": {"errors", "files", "ranks", "slices", "tensor_files"},
     "snapshot_writer": {"errors", "files", "ranks", "slices", "snapshot", "tensor_files"},
-    "automaton": {"errors"},
+    "automaton": {"errors", "kernels"},
     "budget": {"automaton", "chat", "errors"},
     "balance": set(),
     "build": {"errors", "files"},

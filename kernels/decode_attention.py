@@ -109,7 +109,8 @@ def decode_attention(
     out_CHK = q_CHK.new_empty(q_CHK.shape)
     function = kernels.decode if q_CHK.is_cuda else reference_decode
     pages = k_PSNK, v_PSNK, table_RP, line_C, position_C
-    function(q_CHK, *pages, out_CHK, *vars(workspace).values(), batch_invariant)
+    left = workspace.partial, workspace.lse2, workspace.counter
+    function(q_CHK, *pages, out_CHK, *left, batch_invariant)
     return out_CHK
 
 

@@ -259,7 +259,7 @@ _TABLES = ("position_ptr", "line_ptr", "table_ptr")
 _STRIDES = ["qkv_stride", *(f"{x}_stride_{d}" for x in "kv" for d in "psn")]
 COMPILE_CASES = [
     (
-        f"page_append/{name}/{heads} + {kv_heads} heads of {2 * half}{'' if biased else '/no bias'}",
+        f"page_append/{name}/{heads} + {kv_heads} heads of {2 * half}" + "/no bias" * (not biased),
         _append_kernel,
         {
             **dict.fromkeys(_HEADS, f"*{name}"),

@@ -176,13 +176,19 @@ class Automaton:
         return self._table[start : start + self._table[at + 1]]
 
     @property
-    def masked(self) -> dict[int, None]:
-        """Ids that must not be sampled now: they would end thinking too early. In fixed order."""
+    def masks(self) -> bool:
+        """Whether thinking may not end yet. Once that is over, the next ignore text alone brings it
+        back."""
         if self.phase is not Phase.THINK:
-            return {}
+            return False
         early = self._longest_end - 1  # tokens of a delimiter before its last, taken back with it
         bare = self._mask_round and self._round <= early
-        if self.thinking - early >= self._minimum and not bare:
+        return bare or self.thinking - early < self._minimum
+
+    @property
+    def masked(self) -> dict[int, None]:
+        """Ids that must not be sampled now: they would end thinking too early. In fixed order."""
+        if not self.masks:
             return {}
         t, nodes, node = self._table, self._table[At.NODES], self._node
         found: dict[int, int] = {}  # id -> length of the delimiter that it would complete

@@ -1,26 +1,277 @@
+"""The loop that runs ahead of its device: the host loop's output, and nothing reused early."""
+
 from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+
+from engine_checks import BUDGETS, check_same, eventually_idle, soak
 from s1fast.budget import Budget
+from s1fast.captured import DEPTH, Captured
 from s1fast.decoder import Engine, SamplingParams
+from s1fast.errors import InputError
+from s1fast.handle import Cancelled
+from s1fast.kv_cache import PAGE_SIZE
+from s1fast.request import Completion, Request, cost
+from s1fast.row import Row
 from writers import Ascii, check_equal, prompts_of, sampled
+
+MakeModel = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def restless(make_model) -> Ascii:
+def restless(make_model: MakeModel) -> Ascii:
     return Ascii(make_model("qwen2", seed=3), end=1.8)
 
 
-def test_first(restless):
-    engine = Engine(restless.folder, loop="device")
-    prompts = restless.prompts(3, 70, 25)
-    for params in (
-        SamplingParams(max_tokens=50),
-        SamplingParams(max_tokens=50, temperature=0.6, seed=9),
-    ):
-        a = restless.engine.generate(prompts, params)
-        b = engine.generate(prompts, params)
-        print([check_equal(restless, x, y, params) for x, y in zip(a, b, strict=True)])
-    assert engine.pages.held == 0
-    print(engine.stats)
+@pytest.fixture(scope="module")
+def writer(make_model: MakeModel) -> Ascii:
+    return Ascii(make_model("qwen2", seed=4), end=0.0)
+
+
+def ahead(writer: Ascii, **fields: Any) -> Engine:
+    return Engine(writer.folder, loop="device", **fields)
+
+
+def looped(engine: Engine) -> Captured:
+    assert isinstance(engine._loop, Captured)
+    return engine._loop
+
+
+# -- the same output --------------------------------------------------------------------------
+
+
+def test_every_kind_of_request(restless: Ascii) -> None:
+    """Greedy, sampled, filtered, stopped; without a budget, ignoring, cut, in rounds, at least."""
+    check_same(restless, ahead(restless))
+
+
+def test_speculation(make_model: MakeModel) -> None:
+    babbler = Ascii(make_model("qwen2", seed=6), end=0.7, pairs=2)
+    engine = ahead(babbler, speculate=4)
+    check_same(babbler, engine)
+    assert engine.stats.accepted > 40
+    (prompt,) = prompts_of(babbler.chat, 9)
+    params = SamplingParams(max_tokens=300)
+    plain, drafting = ahead(babbler), ahead(babbler, speculate=7)
+    plain.chat.stop_ids = drafting.chat.stop_ids = frozenset()
+    (a,), (b,) = (e.generate([prompt], params) for e in (plain, drafting))
+    assert check_equal(babbler, a, b, params)
+    assert 300 <= plain.stats.steps <= 300 + DEPTH
+    assert drafting.stats.steps < 250 and drafting.stats.accepted > 50
+
+
+def test_preemption(restless: Ascii) -> None:
+    engine = ahead(restless, cache_tokens=176, reuse_prompts=False)
+    check_same(restless, engine)
+    assert engine.stats.preemptions > 3
+
+
+def test_chunks_of_prompts(restless: Ascii) -> None:
+    check_same(restless, ahead(restless, step_tokens=12, max_batch=5))
+
+
+def test_shared_beginnings(restless: Ascii) -> None:
+    """The first of six rows computes the prompt, in the same chunk as the others' last pages."""
+    engine = ahead(restless)
+    (long,) = prompts_of(restless.chat, 40)
+    start = restless.chat.encode("<|im_start|>think")
+    prompts = [long + start, long[:35] + start]
+    params, budget = SamplingParams(max_tokens=40, temperature=0.5, n=3), BUDGETS[1]
+    wanted = restless.engine.generate(prompts, params, budget)
+    done = engine.generate(prompts, params, budget)
+    assert [c.cached_tokens for c in done] == [0] + [2 * PAGE_SIZE] * 5
+    for a, b in zip(wanted, done, strict=True):
+        check_equal(restless, a, b, params)
+    (more,) = engine.generate(
+        [[*done[0].prompt_ids, *done[0].token_ids, 5, 6, 7]], SamplingParams(max_tokens=4)
+    )
+    assert more.cached_tokens > 3 * PAGE_SIZE
+
+
+TREES: list[tuple[list[Any], list[int | None], Budget]] = [
+    ([0, 1, 7, 16, 40], [None, 0, 1, 3], Budget()),
+    ([None, 40], [0, 1], Budget(min_thinking_tokens=38)),
+    (
+        [4, 9, 25],
+        [0, 2, 4],
+        Budget(max_thinking_tokens=9, accounting="harness", ignore_text=["Wait", "is\n"]),
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TREES)))
+def test_trees(restless: Ascii, number: int) -> None:
+    """Branches leave while the trunk's device is ahead; masks are compared by the host's step."""
+    budgets, num_ignores, base = TREES[number]
+    prompts = restless.prompts(3, 11)
+    params = SamplingParams(max_tokens=90, n=2, temperature=0.7 * (number == 0), seed=5)
+    axes: dict[str, Any] = {"budgets": budgets, "num_ignores": num_ignores}
+    wanted = restless.engine.generate(prompts, params, base, **axes)
+    engine = ahead(restless)
+    done = engine.generate(prompts, params, base, **axes)
+    equal = [check_equal(restless, a, b, params) for a, b in zip(wanted, done, strict=True)]
+    assert sum(equal) >= 0.95 * len(equal)
+    if all(equal):
+        assert cost(done) == cost(wanted)
+    tight = ahead(restless, cache_tokens=192, max_batch=9)
+    for a, b in zip(wanted, tight.generate(prompts, params, base, **axes), strict=True):
+        check_equal(restless, a, b, params)
+    for e in (engine, tight):
+        eventually_idle(e)
+
+
+def test_delimiters_of_several_ids(make_model: MakeModel) -> None:
+    """<think> and </think> are texts to this tokenizer: matched token by token, and taken back."""
+    restless = Ascii(make_model("qwen2", seed=3), end=0.0)
+    host, device = (Engine(restless.folder, markers="think", loop=x) for x in ("host", "device"))
+    close = host.chat.encode("</think>")
+    assert len(close) > 1
+    prompts = [p + host.chat.encode("<think>\n") for p in prompts_of(host.chat, 3, 20, 9)]
+    ended = 0
+    for seed in range(4):
+        params = SamplingParams(max_tokens=60, temperature=1.5, top_k=3, seed=seed)
+        for budget in (Budget(max_thinking_tokens=20, num_ignore=1), Budget()):
+            wanted = host.generate(prompts, params, budget)
+            for a, b in zip(wanted, device.generate(prompts, params, budget), strict=True):
+                check_equal(restless, a, b, params)
+                ended += a.thinking_end is not None
+    assert ended
+
+
+def test_logprobs_and_their_neighbours(restless: Ascii) -> None:
+    """A row that asks for them, beside rows that do not and go on before and after it."""
+    engine = ahead(restless)
+    prompts = restless.prompts(5, 11)
+    plain = SamplingParams(max_tokens=150, temperature=0.6, stop_token_ids=[])
+    telling = SamplingParams(max_tokens=30, logprobs=2)
+    budget = Budget(min_thinking_tokens=100)
+    (a,) = restless.engine.generate(prompts[:1], plain, budget)
+    (b,) = restless.engine.generate(prompts[1:], telling, BUDGETS[1])
+    items = iter(engine.submit(Request(prompt=prompts[0], params=plain, budget=budget)))
+    next(items)
+    (found,) = engine.generate(prompts[1:], telling, BUDGETS[1])
+    assert check_equal(restless, b, found, telling)
+    assert found.logprobs is not None and b.logprobs is not None
+    for mine, theirs in zip(found.logprobs, b.logprobs, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+    (other,) = [item for item in items if isinstance(item, Completion)]
+    assert check_equal(restless, a, other, plain)
+
+
+# -- many callers ------------------------------------------------------------------------------
+
+
+def test_rows_come_while_others_run(writer: Ascii) -> None:
+    """Their prompts are computed in chunks, and the row that runs draws a token every step."""
+    engine = ahead(writer, step_tokens=64)
+    short, long = prompts_of(writer.chat, 3, 600)
+    params = SamplingParams(max_tokens=200)
+    wanted = writer.engine.generate([short, long], params)
+    first = engine.submit(Request(prompt=short, params=params))
+    items = iter(first)
+    next(items)
+    (second,) = engine.submit(Request(prompt=long, params=params)).result()
+    (finished,) = [i for i in items if isinstance(i, Completion)]
+    assert check_equal(writer, wanted[0], finished, params)
+    assert check_equal(writer, wanted[1], second, params)
+    chunks = -(-600 // 64)
+    assert engine.stats.steps <= 400 + chunks + 2 * DEPTH
+
+
+def test_more_rows_than_places(restless: Ascii) -> None:
+    """Buckets grow and shrink as rows of all lengths come and go."""
+    engine = ahead(restless, max_batch=10)
+    prompts = restless.prompts(*range(3, 33))
+    params = SamplingParams(max_tokens=40, temperature=0.6)
+    wanted = restless.engine.generate(prompts, params, BUDGETS[1])
+    done = engine.generate(prompts, params, BUDGETS[1])
+    equal = [check_equal(restless, a, b, params) for a, b in zip(wanted, done, strict=True)]
+    assert sum(equal) >= 0.95 * len(equal)
+
+
+def test_cancellation(writer: Ascii) -> None:
+    engine = ahead(writer, max_batch=2)
+    prompts = prompts_of(writer.chat, 30, 9, 12, 7)
+    params = SamplingParams(max_tokens=100)
+    wanted = writer.engine.generate(prompts, params)
+    handles = [engine.submit(Request(prompt=p, params=params)) for p in prompts]
+    next(iter(handles[0]))
+    engine.cancel(handles[0])
+    engine.cancel(handles[3])
+    for i in (0, 3):
+        with pytest.raises(Cancelled, match="was cancelled"):
+            handles[i].result()
+    for i in (1, 2):
+        assert check_equal(writer, handles[i].result()[0], wanted[i], params)
+    eventually_idle(engine)
+    assert not looped(engine)._armed and not looped(engine)._resident
+    assert not looped(engine)._flying and not looped(engine)._leaving
+
+
+def test_a_request_that_fails(writer: Ascii, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends alone; a device that fails ends all that run, and the next are served."""
+    engine = ahead(writer)
+    prompts = prompts_of(writer.chat, 9, 12)
+    take = Row.take
+
+    def fails(self: Row, *rest: Any) -> Any:
+        if self.params.seed == 77 and self.steps == 5:
+            raise RuntimeError("no such token")
+        return take(self, *rest)
+
+    monkeypatch.setattr(Row, "take", fails)
+    good = engine.submit(Request(prompt=prompts[1], params=sampled()))
+    worse = engine.submit(Request(prompt=prompts[0], params=sampled(seed=77, n=3)))
+    assert len(good.result()[0].token_ids) == 60
+    with pytest.raises(RuntimeError, match="no such token"):
+        worse.result()
+    run, calls = looped(engine)._device._forward.logits, []
+
+    def breaks(slots: Any) -> torch.Tensor:
+        calls.append(slots)
+        return 1 / 0 if len(calls) > 5 else run(slots)
+
+    monkeypatch.setattr(looped(engine)._device._forward, "logits", breaks)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(prompts)
+    monkeypatch.undo()
+    params = sampled()
+    wanted = writer.engine.generate(prompts, params)
+    for a, b in zip(wanted, engine.generate(prompts, params), strict=True):
+        assert check_equal(writer, a, b, params)
+    eventually_idle(engine)
+
+
+def test_soak(restless: Ascii) -> None:
+    soak(restless, 150, seed=1, loop="device")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_soak_at_length(restless: Ascii, seed: int) -> None:
+    soak(restless, 1500, seed, loop="device")
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"max_batch": 65}, 'max_batch 65: .* at most 64 rows .* loop = "host"'),
+        ({"matmul": "cuda"}, 'matmul = "cuda" runs on a CUDA device'),
+        ({"matmul": "cuda", "loop": "host"}, 'take loop = "device"'),
+        ({"loop": "gpu"}, "loop must be one of auto, host, device, got 'gpu'"),
+        ({"matmul": "cublas"}, "matmul must be one of cuda, torch"),
+    ],
+)
+def test_what_cannot_be_is_named(writer: Ascii, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Engine(writer.folder, **{"loop": "device", **fields})

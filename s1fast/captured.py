@@ -197,6 +197,7 @@ class Captured(Loop):
             self._device.graphs.run(bucket)
             self._number += 1
             self.stats.steps += 1
+        self.stats.preemptions = self.scheduler.preemptions
         event = record(self._device.device)
         self._flying.append(Launch(number, dict(self._armed), event))
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -108,3 +112,23 @@ def soak(writer: Ascii, requests: int, seed: int, **fields: Any) -> None:
     gc.collect()
     alive = [x for x in gc.get_objects() if isinstance(x, Row | Handle)]
     assert len(alive) <= 2, "finished rows are still in memory"
+
+
+def run_ranks(code: str, arguments: list[str]) -> None:
+    """Runs a script as two ranks of torch.distributed, processes of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        env |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, *arguments]
+        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in ranks:
+            _, said = process.communicate(timeout=300)
+            assert process.returncode == 0, said
+    finally:
+        for process in ranks:
+            process.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from engine_checks import BUDGETS, check_same, eventually_idle, soak
+from engine_checks import BUDGETS, check_same, eventually_idle, run_ranks, soak
+from no_waiting import READERS, SEARCHERS, NoWaiting, WaitError
+from s1fast import captured
 from s1fast.budget import Budget
 from s1fast.captured import DEPTH, Captured
 from s1fast.decoder import Engine, SamplingParams
 from s1fast.errors import InputError
 from s1fast.handle import Cancelled
 from s1fast.kv_cache import PAGE_SIZE
-from s1fast.request import Completion, Request, cost
+from s1fast.request import Completion, Piece, Request, cost
 from s1fast.row import Row
 from writers import Ascii, check_equal, prompts_of, sampled
 
@@ -283,3 +287,208 @@ def test_soak_at_length(restless: Ascii, seed: int) -> None:
 def test_what_cannot_be_is_named(writer: Ascii, fields: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         Engine(writer.folder, **{"loop": "device", **fields})
+
+
+# -- nothing early -----------------------------------------------------------------------------
+
+
+class Late:
+    """An event that has come when it was asked for a third time."""
+
+    def __init__(self, *_: Any) -> None:
+        self.asked = 0
+        self.lines: set[int] = set()
+        self.pages: set[int] = set()
+
+    def query(self) -> bool:
+        self.asked += 1
+        return self.asked >= 3
+
+
+class Watch:
+    """Knows, of every launch whose event has not come, the lines and pages that its slots name."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.late: list[Late] = []
+        self.checked = 0
+        device, pages = looped(engine)._device, engine.pages
+        run, load, take = device.graphs.run, device.load, pages.take
+        named: list[tuple[set[int], set[int]]] = []
+
+        def launches(bucket: int) -> None:
+            slots = device._slots[bucket]
+            lines = set(slots.line_C.tolist()) - {-1}
+            table = device.rows.table_RP[sorted(lines)]
+            named.append((lines, set(table.flatten().tolist()) - {0}))
+            run(bucket)
+
+        def event(*_: Any) -> Late:
+            late = Late()
+            if named:
+                late.lines, late.pages = named.pop()
+            self.late.append(late)
+            return late
+
+        def takes() -> int:
+            page = take()
+            self.check(page, {p for late in self.open() for p in late.pages}, "page")
+            return page
+
+        def loads(row: Row) -> None:
+            self.check(row.line, {x for late in self.open() for x in late.lines}, "line")
+            load(row)
+
+        monkeypatch.setattr(captured, "record", event)
+        monkeypatch.setattr(device.graphs, "run", launches)
+        monkeypatch.setattr(device, "load", loads)
+        monkeypatch.setattr(pages, "take", takes)
+
+    def open(self) -> list[Late]:
+        self.late = [late for late in self.late if late.asked < 3]
+        assert len(self.late) <= DEPTH
+        return self.late
+
+    def check(self, found: int, seen: set[int], what: str) -> None:
+        self.checked += bool(seen)
+        assert found not in seen, f"{what} {found} is reused too early"
+
+
+def crowd(engine: Engine, writer: Ascii) -> list[Completion]:
+    """Rows that end by themselves, by texts and by cancellation, in a cache that is too small."""
+    prompts = writer.prompts(3, 20, 9, 30, 5, 12)
+    params = sampled(max_tokens=90, stop=["e", "t"], temperature=1.0)
+    dropped = [engine.submit(Request(prompt=p, params=params)) for p in prompts[:3]]
+    next(iter(dropped[0]))
+    for handle in dropped:
+        handle.cancel()
+    done = engine.generate(prompts, params, Budget(max_thinking_tokens=40, num_ignore=1))
+    return done + engine.generate(prompts, sampled(max_tokens=90))
+
+
+def test_nothing_is_reused_before_its_last_launch_is_done(
+    writer: Ascii, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ahead(writer, cache_tokens=400, max_batch=4, reuse_prompts=False)
+    watch = Watch(engine, monkeypatch)
+    found = crowd(engine, writer)
+    assert watch.checked > 50 and engine.stats.preemptions
+    eventually_idle(engine)
+    monkeypatch.undo()
+    wanted = crowd(Engine(writer.folder), writer)
+    for a, b in zip(wanted, found, strict=True):
+        check_equal(writer, a, b, sampled())
+
+
+def test_what_is_reused_early_is_noticed(writer: Ascii, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ahead(writer, cache_tokens=400, max_batch=4, reuse_prompts=False)
+    Watch(engine, monkeypatch)
+    loop = looped(engine)
+
+    def at_once(pages: list[int], line: int) -> None:
+        loop._resident.pop(line, None)
+        loop._retire(pages, line)
+
+    loop.scheduler.retire = at_once
+    with pytest.raises(AssertionError, match="is reused too early"):
+        for _ in range(5):
+            crowd(engine, writer)
+
+
+def test_the_host_reads_no_tensor(writer: Ascii, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an iteration all but what stands for the device: chunks, layouts, steps."""
+    engine = ahead(writer, cache_tokens=256, max_batch=4, speculate=3)
+    inside: list[str] = []
+    for owner, name in (
+        (looped(engine)._device, "prefill"),
+        (looped(engine)._device, "lay_out"),
+        (looped(engine)._device.graphs, "run"),
+    ):
+        monkeypatch.setattr(owner, name, _within(inside, getattr(owner, name)))
+    prompts = writer.prompts(3, 20, 9, 30, 5, 12)
+    request = [
+        Request(prompt=p, params=sampled(max_tokens=60, stop=["e"], n=2), budget=BUDGETS[1])
+        for p in prompts
+    ]
+    engine._thread = threading.current_thread()  # no other: the modes are this thread's
+    handles = engine._submit_all(request)
+    engine.cancel(handles[1])
+    with monkeypatch.context() as patch, NoWaiting(lambda: not inside):
+        for name in (*READERS, *SEARCHERS):
+            patch.setattr(torch.Tensor, name, _forbidden(inside, getattr(torch.Tensor, name), name))
+        engine._run()
+    assert all(len(h.result()) == 2 for i, h in enumerate(handles) if i != 1)
+    assert engine.stats.preemptions and engine.stats.drawn > 300
+
+
+def _within(inside: list[str], function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        inside.append("")
+        try:
+            return function(*arguments)
+        finally:
+            inside.pop()
+
+    return called
+
+
+def _forbidden(inside: list[str], method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def read(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if not inside:
+            raise WaitError(name)
+        return method(x, *arguments, **options)
+
+    return read
+
+
+# -- ranks -------------------------------------------------------------------------------------
+
+RANK = """
+import json, sys, dataclasses, torch, torch.distributed as dist
+from s1fast import Budget, Engine, Ranks, SamplingParams
+from s1fast.request import Request
+folder, prompts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+engine = Engine(folder, ranks=Ranks(), speculate=2, cache_tokens=600, loop="device")
+if dist.get_rank():
+    engine.follow()
+    assert engine.pages.held == 0 and engine.stats.steps > 50
+    dist.destroy_process_group()
+    sys.exit()
+found = []
+for params in (SamplingParams(max_tokens=45), SamplingParams(max_tokens=45, temperature=0.6, n=2)):
+    found += engine.generate(prompts, params, Budget(max_thinking_tokens=30, num_ignore=2))
+axes = {"budgets": [7, 30], "num_ignores": [0, 2, None]}
+found += engine.generate(prompts, SamplingParams(max_tokens=45), Budget(), **axes)
+handle = engine.submit(Request(prompt=prompts[0], params=SamplingParams(max_tokens=400)))
+next(iter(handle))
+handle.cancel()
+engine.close()
+assert engine.pages.held == 0
+with open(out, "w") as file:
+    json.dump([dataclasses.asdict(c) for c in found], file)
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks(restless: Ascii, tmp_path: Path) -> None:
+    """Each is ahead of its own device, and both decide the same."""
+    prompts, out = restless.prompts(3, 30, 11), tmp_path / "found.json"
+    run_ranks(RANK, [str(restless.folder), json.dumps(prompts), str(out)])
+    budget, wanted = Budget(max_thinking_tokens=30, num_ignore=2), []
+    for params in (
+        SamplingParams(max_tokens=45),
+        SamplingParams(max_tokens=45, temperature=0.6, n=2),
+    ):
+        done = restless.engine.generate(prompts, params, budget)
+        wanted += [(params, c) for c in done]
+    axes: dict[str, Any] = {"budgets": [7, 30], "num_ignores": [0, 2, None]}
+    params = SamplingParams(max_tokens=45)
+    tree = restless.engine.generate(prompts, params, Budget(), **axes)
+    wanted += [(params, c) for c in tree]
+    equal = 0
+    for (params, one), values in zip(wanted, json.loads(out.read_text()), strict=True):
+        pieces = [Piece(**p | {"ids": tuple(p["ids"])}) for p in values["pieces"]]
+        two = Completion(**values | {"pieces": pieces, "budget": one.budget})
+        equal += check_equal(restless, one, two, params)
+    assert equal >= 0.9 * len(wanted)

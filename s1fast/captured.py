@@ -2,8 +2,9 @@
 
 The device draws, applies each row's budget and lays out its next step by itself; up to DEPTH steps
 are launched before the first of them is looked at. What each row drew lies in a ring in the host's
-memory, and once a step's event has come, the row and its automaton here take the same tokens, make
-text of them, branches and completions. So interventions cost nothing, and the host's work is hidden.
+memory: once a step's event has come, the row and its automaton here take the same tokens, and make
+text of them, branches and completions. So interventions cost nothing, and the host's work is
+hidden.
 
 An iteration: look at the oldest step, if DEPTH are under way; admit rows and compute what they have
 before their last token, a chunk of it; give every row the pages that the next launch may write to;
@@ -11,13 +12,14 @@ launch. It waits for nothing but the event of that oldest step, and what it deci
 orders and tokens alone, so all ranks decide the same.
 
 * A row is armed when one token, or a few that fit a step's spare slots, are left to feed: its state
-  goes to its line on the device, between two launches. Whenever a row joins or leaves, the next step
-  is laid out anew from the rows' state: a launch sees the rows that were armed when it was made.
+  goes to its line on the device, between two launches. When a row joins or is taken away, the next
+  step is laid out anew from the rows' state: a launch sees the rows that were armed when it was
+  made.
 * What a row leaves, its line and its pages, is free when the last launch that saw it is done.
 * Where pages run short, fewer steps are launched ahead, and only when none is under way does the
-  youngest row give way; what the ring still brings for a row that has left is ignored.
+  youngest row give way.
 * What the device cannot do, log-probabilities, and a tree that compares two masks at its first
-  tokens, is done by the host's own step (loop.py), for all rows, as long as such a row runs.
+  tokens, is done by the host's own step (loop.py), for all rows, as long as such a row needs it.
 """
 
 from __future__ import annotations

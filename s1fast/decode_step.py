@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from s1fast.kernels.device_rows import Rows, Slots
 from s1fast.kernels.page_append import append_qkv
 from s1fast.kv_cache import KVCache
 from s1fast.matmul import Matmul
-from s1fast.model import Model, Reduce, inverse_frequencies
+from s1fast.model import Layer, Model, Reduce, inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class DecodeStep:
     ) -> None:
         self.model, self.cache, self.rows, self.matmul = model, cache, rows, matmul
         self._reduce, self._first = reduce, first
+        self._layers = cast(list[Layer], list(model.layers))
         device = cache.k.device
         self._position_X = torch.arange(rows.ids_RX.shape[1], dtype=torch.int32, device=device)
         c = model.config
@@ -71,7 +73,7 @@ class DecodeStep:
     def logits(self, slots: Slots) -> Tensor:
         """(C, V) logits after each slot; of slots that are not live, anything."""
         hidden_CD = self._embed(slots.token_C)
-        for layer in range(len(self.model.layers)):
+        for layer in range(len(self._layers)):
             q_CHK = self._before(layer, hidden_CD, slots.position_C, slots.line_C, slots.live)
             out_CHK = decode_attention(
                 q_CHK,
@@ -95,7 +97,7 @@ class DecodeStep:
         position_T = _joined([self._position_X[c.start : c.start + c.count] for c in chunks])
         line_T = _joined([token_T.new_full((c.count,), c.line) for c in chunks])
         hidden_TD = self._embed(token_T)
-        last = len(self.model.layers) - 1
+        last = len(self._layers) - 1
         for layer in range(last + 1):
             q_THK = self._before(layer, hidden_TD, position_T, line_T, None)
             if layer == last:
@@ -119,7 +121,7 @@ class DecodeStep:
         live: Tensor | None,
     ) -> Tensor:
         """Up to attention: queries; keys and values go to their pages."""
-        weights, c = self.model.layers[layer], self.model.config
+        weights, c = self._layers[layer], self.model.config
         qkv_TQ = self.matmul(
             hidden_TD, weights.qkv_weight, norm_K=weights.input_norm, eps=c.rms_norm_eps, live=live
         )
@@ -138,7 +140,7 @@ class DecodeStep:
 
     def _after(self, layer: int, out_THK: Tensor, hidden_TD: Tensor, live: Tensor | None) -> Tensor:
         """From attention to the next layer."""
-        weights, c = self.model.layers[layer], self.model.config
+        weights, c = self._layers[layer], self.model.config
         hidden_TD = self._add(out_THK.flatten(1), weights.o_weight, hidden_TD, live)
         gated_TF = self.matmul(
             hidden_TD,

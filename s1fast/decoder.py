@@ -178,8 +178,11 @@ class Engine:
         self._jobs = 0
 
     def _on_device(self, cache: KVCache, choice: products.Choice) -> Device:
-        ranks = self._ranks
+        ranks, kind = self._ranks, self.model.compute_dtype
         chosen = products.prepare(choice, self.device, _matrices(self.model))
+        if ranks is not None:
+            slots = num_slots(buckets_for(self.max_batch)[-1])
+            ranks.sum_small(slots * self.model.config.hidden_size, kind, self.device)
         device = Device(
             self.model,
             cache,
@@ -457,7 +460,7 @@ class Engine:
 
 def _matrices(model: Model) -> dict[str, Tensor]:
     """The weights that are multiplied, by name."""
-    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    matrices: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.ndim == 2}
     if model.head.weight is not None:
         del matrices["embed.weight"]
     return matrices

@@ -1,9 +1,9 @@
 """The device as the captured loop sees it: lines that rows are put on, steps that are launched, and
 a ring in which lies what they drew.
 
-Everything a line is given is written into pinned memory here and copied from there, in stream order
-and without waiting. A line's memory is written again only when its next row comes, and that is after
-the last launch that saw the one before; a page table's entries only grow meanwhile.
+Everything a line is given is written into pinned memory here and copied from there, in stream
+order and without waiting. A line's memory is written again only when its next row comes, after the
+last launch that saw the one before; a page table's entries only grow meanwhile.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Device:
         self.rows.table_RP[row.line].copy_(self._cache.table[row.line], non_blocking=True)
 
     def arm(self, row: Row, drafts: int) -> None:
-        """The row, loaded before, goes on from what it is now, whenever the next step is laid out."""
+        """The row, loaded before, goes on from what it is now when the next step is laid out."""
         length, params, line = len(row.ids), row.params, row.line
         program = row.cells[0][0].program
         state = line_of_state(

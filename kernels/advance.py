@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s1fast.kernels import arguments
+from s1fast.kernels import advance_triton, arguments
 from s1fast.kernels.automaton import PHASES, Automaton, Phase
 from s1fast.kernels.device_rows import GRAM, Field, Rows, Slots, automaton_state, gram_place
 from s1fast.kernels.sample import FIXED_POINT, sample
@@ -57,24 +57,31 @@ def advance(rows: Rows, slots: Slots, logits_CV: Tensor, vocab_size: int, spare:
             f"vocab_size {vocab_size}, but logits_CV has {logits_CV.shape[1]} ids and ender_V "
             f"{len(rows.ender_V)}"
         )
-    draw_reference_(rows, slots, logits_CV, vocab_size)
-    lay_out_reference_(rows, slots, spare, launched=True)
+    if logits_CV.is_cuda:
+        advance_triton.draw_(rows, slots, logits_CV, vocab_size)
+        advance_triton.lay_out_(rows, slots, spare, launched=True)
+    else:
+        draw_reference_(rows, slots, logits_CV, vocab_size)
+        lay_out_reference_(rows, slots, spare, launched=True)
 
 
 def lay_out(rows: Rows, slots: Slots, spare: int) -> None:
     """Lays out the next step: to be called before the first one, after lines were armed or disarmed
     and after a change of bucket. Doing it twice changes nothing.
 
-    Every line that is active and not done gets a slot, in line order; there must not be more than
-    B of them, nor than C. Up to `spare` more go to rows with more to feed, the shortest first, then
-    to drafts of rows that have all they feed in the step and so draw after it. A row whose ids are
-    all cached feeds its last one again. A draft is what followed the last GRAM ids before.
+    Every line that is active and not done gets a slot, in line order, the first B of them if there
+    are more (C is B at least). Up to `spare` more go to rows with more to feed, the shortest first,
+    then to drafts of rows that have all they feed in the step and so draw after it. A row whose ids
+    are all cached feeds its last one again. A draft is what followed the last GRAM ids before.
 
     Raises:
         ValueError: shape, dtype or device is not as stated in device_rows.py.
     """
     _check(rows, slots)
-    lay_out_reference_(rows, slots, spare, launched=False)
+    if rows.state_RF.is_cuda:
+        advance_triton.lay_out_(rows, slots, spare, launched=False)
+    else:
+        lay_out_reference_(rows, slots, spare, launched=False)
 
 
 def _check(rows: Rows, slots: Slots) -> None:
@@ -183,7 +190,7 @@ def _index(rows: Rows, line: int, first: int, length: int) -> None:
     """Enters the ends of GRAM ids from `first` on, that of the row left out."""
     gram_G, ids = rows.gram_RG[line], rows.ids_RX[line]
     for stop in range(max(first, GRAM), length):
-        place = gram_place(*ids[stop - GRAM : stop].long(), places=len(gram_G))
+        place = gram_place(ids[stop - GRAM : stop].long(), len(gram_G))
         gram_G[place] = max(int(gram_G[place]), stop)
 
 
@@ -198,7 +205,7 @@ def lay_out_reference_(rows: Rows, slots: Slots, spare: int, launched: bool) -> 
         line
         for line, state in enumerate(state_RF.tolist())
         if state[Field.ACTIVE] and state[Field.PHASE] != _DONE
-    ]
+    ][: len(slots.draw_B3)]
     length = {line: int(state_RF[line, Field.LENGTH]) for line in lines}
     pending = {line: max(1, length[line] - int(state_RF[line, Field.CACHED])) for line in lines}
     left = min(spare, len(slots.token_C) - len(lines))
@@ -237,7 +244,7 @@ def _draft(rows: Rows, line: int, most: int) -> list[int]:
     if length <= GRAM:
         return []
     last = ids_X[length - GRAM : length]
-    stop = int(gram_G[gram_place(*last.long(), places=len(gram_G))])
+    stop = int(gram_G[gram_place(last.long(), len(gram_G))])
     if not GRAM <= stop < length or ids_X[stop - GRAM : stop].tolist() != last.tolist():
         return []
     most = max(0, min(most, state[Field.DRAFTS], state[Field.LIMIT] - length))

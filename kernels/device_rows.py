@@ -23,6 +23,8 @@ from s1fast.kernels.sample import fixed_point
 
 GRAM = 3
 """Tokens that must agree before what followed them is a draft."""
+MIXERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
+"""Odd factors of a gram's ids in its place of the index."""
 
 
 class Field(IntEnum):
@@ -106,10 +108,10 @@ def signed(word: int) -> int:
 # -- n-gram index ------------------------------------------------------------------------------
 
 
-def gram_place(first: Tensor, second: Tensor, third: Tensor, places: int) -> Tensor:
-    """Place of three ids (int64) in an index of 2^n places."""
-    word = (first * 0x9E3779B1 + second * 0x85EBCA77 + third * 0xC2B2AE3D) & 0xFFFFFFFF
-    return (word ^ (word >> 15)) & (places - 1)
+def gram_place(gram_N3: Tensor, places: int) -> Tensor:
+    """Places of GRAM ids (int64) each in an index of 2^n places."""
+    word_N = (gram_N3 * gram_N3.new_tensor(MIXERS)).sum(-1) & 0xFFFFFFFF
+    return (word_N ^ (word_N >> 15)) & (places - 1)
 
 
 def gram_index(ids_X: Tensor, length: int, places: int) -> Tensor:
@@ -120,10 +122,9 @@ def gram_index(ids_X: Tensor, length: int, places: int) -> Tensor:
     """
     index_G = ids_X.new_zeros(places, dtype=torch.int32)
     if length > GRAM:
-        ids = ids_X[: length - 1].long()
-        place = gram_place(ids[:-2], ids[1:-1], ids[2:], places)
-        stop = torch.arange(GRAM, length, dtype=torch.int32, device=ids.device)
-        index_G.scatter_reduce_(0, place, stop, "amax")
+        place_N = gram_place(ids_X[: length - 1].long().unfold(0, GRAM, 1), places)
+        stop_N = torch.arange(GRAM, length, dtype=torch.int32, device=ids_X.device)
+        index_G.scatter_reduce_(0, place_N, stop_N, "amax")
     return index_G
 
 
@@ -195,7 +196,7 @@ class Slots:
     another stamp was not written: its row drew nothing. The host reads it after the launch's
     event."""
     near_BK: Tensor
-    """int32: ids that may be drawn, while a launch runs."""
+    """int32, for K / 2 ids that may be drawn and their distances while a launch runs."""
 
     @classmethod
     def empty(
@@ -223,7 +224,7 @@ class Slots:
             draw_B3,
             zeros(1, dtype=torch.int64),
             torch.zeros(ring, lines, 2 + draws, dtype=torch.int32, pin_memory=pinned),
-            zeros(rows, NEAR),
+            zeros(rows, 2 * NEAR),
         )
 
     def narrow(self, rows: int, slots: int) -> Slots:
@@ -242,4 +243,4 @@ class Slots:
 
 
 NEAR = 8192
-"""Ids near enough to the likeliest to be drawn that a row keeps a list of."""
+"""Most ids near enough to be drawn that a row lists, and ids that it looks at together."""

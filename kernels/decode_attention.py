@@ -35,31 +35,18 @@ class Workspace:
 
 
 def decode_workspace(
-    max_slots: int,
-    num_heads: int,
-    num_kv_heads: int,
-    width: int,
-    device: torch.device,
-    *,
-    batch_invariant: bool = False,
+    max_slots: int, num_heads: int, num_kv_heads: int, width: int, device: torch.device
 ) -> Workspace:
-    """For steps of up to max_slots slots, of all layers; 12 MB for 64 slots of Qwen2.5-32B.
-
-    A step with batch_invariant needs more, 46 MB there, and a workspace that was made for it, which
-    serves any other step too.
-    """
+    """For steps of up to max_slots slots, in all layers; 42 MB for 64 slots of Qwen2.5-32B."""
     if min(max_slots, num_heads, num_kv_heads, width) < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"max_slots {max_slots}, num_heads {num_heads}, num_kv_heads {num_kv_heads}, width "
-            f"{width}: expected numbers of at least 1, heads that divide by kv heads"
+            f"{width}: expected at least 1 of each, and heads that are a multiple of the kv heads"
         )
-    group = num_heads // num_kv_heads
-    rows = [
-        kernels.partial_rows(max_slots, group, num_kv_heads, x) for x in {False, batch_invariant}
-    ]
+    rows = kernels.partial_rows(max_slots, num_heads // num_kv_heads, num_kv_heads)
     return Workspace(
-        partial=torch.empty(max(rows) * width, dtype=torch.float32, device=device),
-        lse2=torch.empty(max(rows), dtype=torch.float32, device=device),
+        partial=torch.empty(rows * width, dtype=torch.float32, device=device),
+        lse2=torch.empty(rows, dtype=torch.float32, device=device),
         counter=torch.zeros(max_slots * num_kv_heads, dtype=torch.int32, device=device),
     )
 
@@ -105,7 +92,7 @@ def decode_attention(
             raise ValueError(f"{name} has strides {x_C.stride()}, pass {name}.contiguous()")
     expect("table_RP", table_RP, ("R", "P"), (torch.int32,), q_CHK.device)
     expect_unit_stride("table_RP", table_RP)
-    _check_workspace(workspace, q_CHK, k_PSNK.shape[2], batch_invariant)
+    _check_workspace(workspace, q_CHK, k_PSNK.shape[2])
     out_CHK = q_CHK.new_empty(q_CHK.shape)
     function = kernels.decode if q_CHK.is_cuda else reference_decode
     pages = k_PSNK, v_PSNK, table_RP, line_C, position_C
@@ -166,16 +153,14 @@ def _check(q_CHK: Tensor, k_PSNK: Tensor, v_PSNK: Tensor, name: str) -> None:
         expect_unit_stride(label, x)
 
 
-def _check_workspace(
-    workspace: Workspace, q_CHK: Tensor, kv_heads: int, batch_invariant: bool
-) -> None:
+def _check_workspace(workspace: Workspace, q_CHK: Tensor, kv_heads: int) -> None:
     num_slots, heads, width = q_CHK.shape
-    rows = kernels.partial_rows(num_slots, heads // kv_heads, kv_heads, batch_invariant)
+    rows = kernels.partial_rows(num_slots, heads // kv_heads, kv_heads)
     large = workspace.lse2.numel() >= rows and workspace.partial.numel() >= rows * width
     if not large or workspace.counter.numel() < num_slots * kv_heads:
         raise ValueError(
-            f"workspace: too small for {num_slots} slots, {heads} and {kv_heads} heads of {width}, "
-            f"batch_invariant={batch_invariant}; make it by decode_workspace of these"
+            f"workspace: too small for {num_slots} slots, {heads} and {kv_heads} heads of {width}; "
+            "make it by decode_workspace of these"
         )
     if workspace.partial.device != q_CHK.device:
         raise ValueError(f"workspace is on {workspace.partial.device}, q_CHK on {q_CHK.device}")

@@ -45,9 +45,9 @@ TILE_ROWS = 16
 """Of queries at least, as tensor cores count."""
 MAX_QUERIES = 8
 """Slots that share a program."""
-DECODE = {torch.bfloat16: (64, 4, 4), torch.float32: (32, 4, 3)}
+DECODE = {torch.bfloat16: (64, 4, 7), torch.float32: (32, 8, 3)}
 """dtype -> (keys of a tile, warps, stages)."""
-PREFILL = {torch.bfloat16: (128, 64, 8, 3), torch.float32: (32, 32, 4, 2)}
+PREFILL = {torch.bfloat16: (128, 64, 8, 5), torch.float32: (32, 32, 8, 2)}
 """dtype -> (queries and keys of a tile, warps, stages)."""
 
 
@@ -382,11 +382,10 @@ def _queries(group: int, batch_invariant: bool) -> int:
     return min(MAX_QUERIES, max(TILE_ROWS, _power(group)) // group)
 
 
-def partial_rows(num_slots: int, group: int, kv_heads: int, batch_invariant: bool) -> int:
-    """Rows of partial results that a step may need: query rows of a tile, times splits."""
-    programs = max(PROGRAMS // kv_heads, 1)
-    units = SPLITS * num_slots if batch_invariant else programs + 3 * num_slots
-    return units * kv_heads * group * _queries(group, batch_invariant)
+def partial_rows(num_slots: int, group: int, kv_heads: int) -> int:
+    """Rows of partial results that a step of either kind may need."""
+    fair = (max(PROGRAMS // kv_heads, 1) + 3 * num_slots) * _queries(group, False)
+    return kv_heads * group * max(fair, SPLITS * num_slots)
 
 
 def _columns(width: int) -> dict[str, int]:

@@ -80,6 +80,7 @@ def _check(
 ) -> None:
     """Raises ValueError, naming the argument, what it is and what is accepted."""
     dtypes, device = floats(qkv_CQ, "qkv_CQ"), qkv_CQ.device
+    expect("qkv_CQ", qkv_CQ, ("C", "Q"), dtypes, device)
     expect("k_PSNK", k_PSNK, ("P", "S", "N", "K"), (qkv_CQ.dtype,), device)
     expect("v_PSNK", v_PSNK, tuple(k_PSNK.shape), (qkv_CQ.dtype,), device)
     _, _, kv_heads, width = k_PSNK.shape

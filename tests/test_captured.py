@@ -37,8 +37,12 @@ def writer(make_model: MakeModel) -> Ascii:
     return Ascii(make_model("qwen2", seed=4), end=0.0)
 
 
+ON: dict[str, Any] = {"device": "cpu"}
+"""Where the device's loop runs; test_gpu_decode.py has these tests on a GPU."""
+
+
 def ahead(writer: Ascii, **fields: Any) -> Engine:
-    return Engine(writer.folder, loop="device", **fields)
+    return Engine(writer.folder, loop="device", **ON, **fields)
 
 
 def looped(engine: Engine) -> Captured:
@@ -140,7 +144,8 @@ def test_trees(restless: Ascii, number: int) -> None:
 def test_delimiters_of_several_ids(make_model: MakeModel) -> None:
     """<think> and </think> are texts to this tokenizer: matched token by token, and taken back."""
     restless = Ascii(make_model("qwen2", seed=3), end=0.0)
-    host, device = (Engine(restless.folder, markers="think", loop=x) for x in ("host", "device"))
+    host = Engine(restless.folder, markers="think", device="cpu")
+    device = ahead(restless, markers="think")
     close = host.chat.encode("</think>")
     assert len(close) > 1
     prompts = [p + host.chat.encode("<think>\n") for p in prompts_of(host.chat, 3, 20, 9)]
@@ -262,13 +267,13 @@ def test_a_request_that_fails(writer: Ascii, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_soak(restless: Ascii) -> None:
-    soak(restless, 150, seed=1, loop="device")
+    soak(restless, 150, seed=1, loop="device", **ON)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3, 4])
 def test_soak_at_length(restless: Ascii, seed: int) -> None:
-    soak(restless, 1500, seed, loop="device")
+    soak(restless, 1500, seed, loop="device", **ON)
 
 
 # -- refusals ----------------------------------------------------------------------------------

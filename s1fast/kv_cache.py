@@ -177,8 +177,9 @@ class KVCache:
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         per_row = -(-config.max_position_embeddings // PAGE_SIZE)
-        self.table = torch.zeros((num_lines, per_row), dtype=torch.int64)
-        """Page of every PAGE_SIZE positions of every running row, by its line."""
+        pinned = device.type == "cuda"
+        self.table = torch.zeros((num_lines, per_row), dtype=torch.int32, pin_memory=pinned)
+        """On the host: page of every PAGE_SIZE positions of every running row, by its line."""
         self._clean = 0  # pages below hold numbers; memory never written may hold NaN
         self.reach(0)
 

@@ -1,0 +1,278 @@
+"""Rows on the device: reference and kernels against one automaton a row, on random programs.
+
+The rows' model is a table: the logits after a token depend on it alone, so that greedy rows repeat
+themselves and drafts come true.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from s1fast.automaton import Automaton, Phase, Program
+from s1fast.kernels import advance_triton
+from s1fast.kernels.advance import advance, lay_out
+from s1fast.kernels.device_rows import (
+    GRAM,
+    Field,
+    Rows,
+    Slots,
+    automaton_state,
+    gram_index,
+    line_of_state,
+)
+from s1fast.kernels.sample import sample
+from test_automaton import ALPHABET, WORDS, random_case
+
+VOCAB, WIDTH = 90, 97  # ids of the tokenizer, and of the logits
+POSITIONS, RING = 512, 4
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Sample:
+    """A row as loop.py and row.py keep it: what the device must agree with."""
+
+    seed: int
+    program: Program = field(init=False)
+    ids: list[int] = field(init=False)
+    cached: int = 0
+    params: dict[str, Any] = field(init=False)
+    drawn: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rng = random.Random(self.seed)
+        case = random_case(self.seed)
+        self.program = case.program
+        self.automaton = Automaton(self.program)
+        self.ids = [rng.choice(WORDS) for _ in range(rng.choice([1, 2, 3, 30]))] + case.thought
+        self.apply(self.automaton.begin())
+        self.params = {
+            "temperature": rng.choice([0.0, 0.0, 0.3, 1.0, 3.0]),
+            "top_k": rng.choice([0, 0, 1, 4, 2000]),
+            "top_p": rng.choice([1.0, 1.0, 0.9, 0.3]),
+            "min_p": rng.choice([0.0, 0.0, 0.1]),
+            "seed": rng.getrandbits(64),
+            "sample": rng.randrange(5),
+        }
+        self.drafts = rng.choice([0, 1, 3, 5])
+        self.cached = rng.choice([len(self.ids) - 1, max(0, len(self.ids) - 9)])
+        generator = torch.Generator().manual_seed(self.seed)
+        self.after_VV = torch.randn(VOCAB, WIDTH, generator=generator) * 2
+        self.after_VV[:, list(ALPHABET)] += 3
+        self.after_VV[:, VOCAB:] = 50.0
+        self.fed: list[int] = self.ids[: self.cached]
+        """What the cache was told, by position."""
+
+    def draw(self, logits_V: Tensor) -> int:
+        logits_V = logits_V[:VOCAB].clone()
+        logits_V[list(self.automaton.masked)] = -torch.inf
+        return int(sample(logits_V, **self.params, position=len(self.ids)))
+
+    def take(self, token: int) -> bool:
+        """Whether the token just stays."""
+        self.drawn.append(token)
+        move = self.automaton.step(token)
+        self.apply(move, token)
+        return move.keep and not move.cut and not move.append and not self.done
+
+    def apply(self, move: Any, token: int | None = None) -> None:
+        if token is not None and move.keep:
+            self.ids.append(token)
+        del self.ids[len(self.ids) - move.cut :]
+        self.cached = min(self.cached, len(self.ids))
+        self.ids += move.append
+
+    @property
+    def done(self) -> bool:
+        return self.automaton.phase is Phase.DONE
+
+    @property
+    def pending(self) -> int:
+        return max(1, len(self.ids) - self.cached)
+
+
+def alone(seed: int, dtype: torch.dtype) -> Sample:
+    """The sample to its end, a token after the other, by nothing but the rules."""
+    row = Sample(seed)
+    while not row.done:
+        row.take(row.draw(row.after_VV[row.ids[-1]].to(dtype)))
+    return row
+
+
+class Played:
+    """A batch on the device, and what the host knows of it."""
+
+    def __init__(
+        self, lines: int, slots: int, spare: int, dtype: torch.dtype, kernels: bool
+    ) -> None:
+        self.kernels = kernels
+        ender_V = torch.zeros(VOCAB, dtype=torch.uint8)
+        ender_V[[3, 4]] = 1
+        self.rows = Rows.empty(lines, POSITIONS, 1, ender_V, CPU)
+        slots_C = Slots.empty(lines, slots, lines, RING, 6, CPU)
+        tile = 2 * 16  # so that a row is several tiles, and its list overflows
+        self.slots = replace(slots_C, near_BK=torch.zeros(lines, tile, dtype=torch.int32))
+        self.running: dict[int, Sample] = {}
+        self.spare, self.dtype = spare, dtype
+        self.steps = self.accepted = 0
+
+    def arm(self, line: int, row: Sample) -> None:
+        rows = self.rows
+        state = line_of_state(
+            length=len(row.ids),
+            cached=row.cached,
+            limit=len(row.ids) + row.program.longest,
+            drafts=row.drafts,
+            state=row.automaton.state,
+            **row.params,
+        )
+        rows.state_RF[line] = torch.tensor(state, dtype=torch.int32)
+        rows.ids_RX[line, : len(row.ids)] = torch.tensor(row.ids, dtype=torch.int32)
+        rows.ids_RX[line, len(row.ids) :] = -1
+        table = torch.tensor(row.program.table, dtype=torch.int32)
+        rows.program_RZ[line, : len(table)] = table
+        rows.gram_RG[line] = gram_index(rows.ids_RX[line], len(row.ids), rows.gram_RG.shape[1])
+        self.running[line] = row
+
+    def lay_out(self) -> None:
+        for _ in range(2):  # once more changes nothing
+            if self.kernels:
+                advance_triton.lay_out_(self.rows, self.slots, self.spare, launched=False)
+            else:
+                lay_out(self.rows, self.slots, self.spare)
+
+    def check_layout(self) -> None:
+        """Slots are packed, a row's side by side and in place; none goes without; room is kept."""
+        slots, live = self.slots, int(self.slots.live)
+        lines = slots.line_C.tolist()
+        assert lines[live:] == [-1] * (len(lines) - live)
+        assert not slots.token_C[live:].any() and not slots.position_C[live:].any()
+        going = [line for line in sorted(self.running) if not self.running[line].done]
+        assert list(dict.fromkeys(lines[:live])) == going
+        assert live <= min(len(lines), len(going) + self.spare)
+        draws = {line: (at, wanted) for line, at, wanted in slots.draw_B3.tolist() if line >= 0}
+        assert list(draws) == sorted(draws)
+        assert slots.draw_B3[len(draws) :].tolist() == [[-1, 0, 0]] * (
+            len(slots.draw_B3) - len(draws)
+        )
+        hungry = False
+        for line in going:
+            row, first, width = self.running[line], lines.index(line), lines.count(line)
+            mine = slice(first, first + width)
+            assert lines[mine] == [line] * width
+            start = len(row.ids) - row.pending
+            assert slots.position_C[mine].tolist() == list(range(start, start + width))
+            fed = min(width, row.pending)
+            tokens = slots.token_C[mine].tolist()
+            assert tokens[:fed] == row.ids[start : start + fed]
+            assert (line in draws) == (width >= row.pending)
+            hungry |= width < row.pending
+            if line in draws:
+                drafts = width - row.pending
+                assert draws[line] == (first + fed - 1, 1 + drafts)
+                assert drafts <= row.drafts
+                if drafts:  # what followed the same ids before
+                    end = tuple(row.ids[-GRAM:])
+                    stops = [
+                        stop
+                        for stop in range(GRAM, len(row.ids))
+                        if tuple(row.ids[stop - GRAM : stop]) == end
+                    ]
+                    assert any(row.ids[s : s + drafts] == tokens[fed:] for s in stops)
+        if hungry:  # nobody waits while a slot is spare, nor for a draft
+            assert live == min(len(lines), len(going) + self.spare)
+            assert all(wanted == 1 for _, wanted in draws.values())
+
+    def step(self) -> None:
+        """A launch, and the host's replay of what the ring brings."""
+        slots = self.slots
+        self.check_layout()
+        logits_CV = torch.full((len(slots.token_C), WIDTH), torch.nan, dtype=self.dtype)
+        layout = list(zip(slots.line_C.tolist(), slots.position_C.tolist(), strict=True))
+        for slot, (line, position) in enumerate(layout):
+            if line >= 0:
+                row, token = self.running[line], int(slots.token_C[slot])
+                logits_CV[slot] = row.after_VV[token].to(self.dtype)
+                row.fed[position:] = [token]
+        draws = slots.draw_B3.tolist()
+        given = logits_CV.clone()
+        if self.kernels:
+            advance_triton.draw_(self.rows, slots, logits_CV, VOCAB)
+            advance_triton.lay_out_(self.rows, slots, self.spare, launched=True)
+        else:
+            advance(self.rows, slots, logits_CV, VOCAB, self.spare)
+        for line, row in self.running.items():
+            row.cached += lines_fed(layout, line, row)
+        for line, slot, wanted in draws:
+            if line < 0:
+                continue
+            stamp, count, *tokens = slots.ring_DRW[self.steps % RING, line].tolist()
+            assert stamp == self.steps + 1 and 1 <= count <= wanted
+            row = self.running[line]
+            row.cached = len(row.ids)
+            for number, token in enumerate(tokens[:count]):
+                assert token == row.draw(given[slot + number])
+                assert row.fed[: len(row.ids)] == row.ids, "a token was drawn after others"
+                plain = row.take(token)
+                right = number + 1 < wanted and token == row_draft(layout, row, slot, number)
+                assert (number + 1 < count) == (plain and right)
+                if number + 1 < count:
+                    row.cached = len(row.ids)
+                    self.accepted += 1
+        self.steps += 1
+        assert int(slots.step) == self.steps
+        for line, row in self.running.items():
+            state = self.rows.state_RF[line].tolist()
+            assert automaton_state(state) == row.automaton.state
+            assert self.rows.ids_RX[line, : len(row.ids)].tolist() == row.ids
+            assert state[Field.LENGTH] == len(row.ids) and state[Field.CACHED] == row.cached
+
+
+def lines_fed(layout: list[tuple[int, int]], line: int, row: Sample) -> int:
+    """Ids, not drafts, that the step fed of a row."""
+    return min(sum(at == line for at, _ in layout), row.pending)
+
+
+def row_draft(layout: list[tuple[int, int]], row: Sample, slot: int, number: int) -> int:
+    """The draft behind a slot's number-th token."""
+    return row.fed[layout[slot + number + 1][1]]
+
+
+def play(
+    seeds: list[int], lines: int, slots: int, spare: int, dtype: torch.dtype, kernels: bool
+) -> Played:
+    """All samples to their ends, armed as lines become free."""
+    played = Played(lines, slots, spare, dtype, kernels)
+    waiting = [row for row in map(Sample, seeds) if not row.done]
+    finished: list[Sample] = []
+    while waiting or played.running:
+        free = [line for line in range(lines) if line not in played.running]
+        if free and waiting:
+            for line in free[: len(waiting)]:
+                played.arm(line, waiting.pop(0))
+            played.lay_out()
+        played.step()
+        for line, row in list(played.running.items()):
+            if row.done:
+                finished.append(played.running.pop(line))
+                played.rows.state_RF[line, Field.ACTIVE] = 0
+    for row in finished:
+        wanted = alone(row.seed, dtype)
+        assert (row.drawn, row.ids) == (wanted.drawn, wanted.ids), row.seed
+    return played
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
+def test_random_programs_draw_as_they_would_alone(kernels: bool) -> None:
+    accepted = 0
+    for at, (lines, slots, spare) in enumerate([(8, 16, 8), (5, 9, 4), (3, 3, 8), (1, 8, 7)]):
+        seeds = list(range(40 * at, 40 * at + (10 if kernels else 40)))
+        played = play(seeds, lines, slots, spare, (torch.float32, torch.bfloat16)[at % 2], kernels)
+        accepted += played.accepted
+    assert accepted > 20

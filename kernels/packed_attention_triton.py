@@ -36,9 +36,9 @@ LOG2_E = 1.4426950408889634
 Tile = tuple[int, ...]
 """(query rows, key rows, warps, stages), and the most registers of a thread where, without such a
 bound, only one block would run on a multiprocessor."""
-FORWARD: dict[int, Tile] = {64: (128, 128, 8, 3), 128: (128, 128, 8, 3)}
-DQUERY: dict[int, Tile] = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}
-DKEY: dict[int, Tile] = {64: (64, 128, 8, 3), 128: (64, 64, 4, 2)}
+FORWARD: dict[int, Tile] = {64: (128, 64, 8, 3), 128: (128, 64, 8, 2, 128)}
+DQUERY: dict[int, Tile] = {64: (128, 64, 8, 3), 128: (128, 32, 8, 3, 128)}
+DKEY: dict[int, Tile] = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
 """Head width -> the configuration that is shipped."""
 
 

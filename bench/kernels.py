@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from s1fast.bench.adamw import OP as ADAMW
+from s1fast.bench.decode_attention import OP as DECODE_ATTENTION
 from s1fast.bench.environment import RESULTS, environment, result_path, version
 from s1fast.bench.gemv import OP as GEMV
 from s1fast.bench.layer import OP as LAYER
@@ -46,6 +47,7 @@ OPS = (
     ADAMW,
     LAYER,
     GEMV,
+    DECODE_ATTENTION,
 )
 
 
@@ -58,8 +60,8 @@ class KernelsConfig:
     shape: tuple[str, ...] = ()
     """Shapes instead of the default ones, as T4700xD5120xV152064xmasked50 for linear
     cross-entropy, S4096xB16xH40xN8xK128 for attention, R4700 for what only moves memory,
-    P2000xnarrowxclip for AdamW, M1xN27648xK5120xnormxswiglu for the token loop's products; what is
-    left out keeps its default.
+    P2000xnarrowxclip for AdamW, M1xN27648xK5120xnormxswiglu for the token loop's products,
+    L4096xB64xspread for its attention; what is left out keeps its default.
     `masked` is the percentage of rows without label, `peaked` makes logits as after training,
     `ragged` draws lengths as of s1K."""
     peers: tuple[str, ...] = ()

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from s1fast.kernels.automaton_triton import DONE, THINK, mask, step
-from s1fast.kernels.device_rows import GRAM, MIXERS, Field, Rows, Slots
+from s1fast.kernels.automaton_triton import DONE, LENGTH, PHASE, mask, step
+from s1fast.kernels.device_rows import GRAM, MIXERS, NEAR, Field, Rows, Slots
 from s1fast.kernels.jit import constant, jit, tl
 from s1fast.kernels.sample_triton import draw
 
+TILE = 2048
+"""Ids that a program looks at together."""
 WARPS = 16
 """Of a program that draws: 512 threads with up to 128 registers each."""
 
 _SIZE = constant(int(Field.SIZE))
-_ACTIVE, _LENGTH, _CACHED, _FED, _INDEXED, _LIMIT, _DRAFTS = map(constant, range(7))
-_STATE = constant(int(Field.PHASE))
-_TEMPERATURE = constant(int(Field.TEMPERATURE))
+_ACTIVE, _CACHED = constant(int(Field.ACTIVE)), constant(int(Field.CACHED))
+_FED, _INDEXED = constant(int(Field.FED)), constant(int(Field.INDEXED))
+_LIMIT, _DRAFTS = constant(int(Field.LIMIT)), constant(int(Field.DRAFTS))
 
 _GRAM = constant(GRAM)
 _MIX_0, _MIX_1, _MIX_2 = map(constant, MIXERS)
@@ -74,6 +76,7 @@ def _draw_kernel(
     ring_size,
     ring_width,
     TILE: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
     """A row's draws and what its automaton makes of them."""
     index = tl.program_id(0)
@@ -87,97 +90,32 @@ def _draw_kernel(
         ids_ptr += wide * positions
         program_ptr += wide * table
         gram_ptr += wide * places
-        near_ptr += index * (2 * TILE)
+        near_ptr += index * (2 * NEAR)
         launch = tl.load(step_ptr)
         ring_ptr += ((launch % ring_size) * lines + wide) * ring_width
 
-        length = tl.load(state_ptr + _LENGTH)
-        indexed = tl.load(state_ptr + _INDEXED)
-        phase = tl.load(state_ptr + _STATE)
-        generated = tl.load(state_ptr + _STATE + 1)
-        thinking = tl.load(state_ptr + _STATE + 2)
-        waits = tl.load(state_ptr + _STATE + 3)
-        since = tl.load(state_ptr + _STATE + 4)
-        mask_round = tl.load(state_ptr + _STATE + 5)
-        node = tl.load(state_ptr + _STATE + 6)
-        newlines = tl.load(state_ptr + _STATE + 7)
-        temperature = tl.load(state_ptr + _TEMPERATURE).to(tl.float32, bitcast=True)
-        top_k = tl.load(state_ptr + _TEMPERATURE + 1)
-        top_p = tl.load(state_ptr + _TEMPERATURE + 2)
-        min_p = tl.load(state_ptr + _TEMPERATURE + 3)
-        seed_low = tl.load(state_ptr + _TEMPERATURE + 4)
-        seed_high = tl.load(state_ptr + _TEMPERATURE + 5)
-        sample_index = tl.load(state_ptr + _TEMPERATURE + 6)
-
+        length = tl.load(state_ptr + LENGTH)
         cached = length
         number = 0
         while going:
             row_ptr = logits_ptr + (slot + number).to(tl.int64) * logits_stride
-            if phase == THINK:
-                mask(row_ptr, program_ptr, thinking, since, mask_round, node)
-            token = draw(
-                row_ptr,
-                vocab_size,
-                near_ptr,
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                seed_low,
-                seed_high,
-                sample_index,
-                length,
-                TILE,
-            )
+            mask(row_ptr, program_ptr, state_ptr)
+            token = draw(row_ptr, vocab_size, near_ptr, state_ptr, length, TILE, NEAR)
             tl.store(ring_ptr + 2 + number, token)
-            (
-                plain,
-                low,
-                length,
-                phase,
-                generated,
-                thinking,
-                waits,
-                since,
-                mask_round,
-                node,
-                newlines,
-            ) = step(
-                token,
-                program_ptr,
-                ender_ptr,
-                ids_ptr,
-                length,
-                phase,
-                generated,
-                thinking,
-                waits,
-                since,
-                mask_round,
-                node,
-                newlines,
-            )
+            plain, low, length = step(token, program_ptr, ender_ptr, ids_ptr, state_ptr)
             number += 1
             draft = tl.load(token_ptr + slot + number, mask=number < wanted, other=-1)
             going = plain & (draft == token)
             cached = tl.where(going, length, tl.minimum(cached, low))
 
-        tl.debug_barrier()  # the row's ids are there
+        indexed = tl.load(state_ptr + _INDEXED)
         _index(gram_ptr, ids_ptr, tl.minimum(indexed, cached), length, places)
+        tl.debug_barrier()
         tl.store(ring_ptr, ((launch + 1) & 0x7FFFFFFF).to(tl.int32))
         tl.store(ring_ptr + 1, number)
-        tl.store(state_ptr + _LENGTH, length)
         tl.store(state_ptr + _CACHED, cached)
         tl.store(state_ptr + _FED, 0)
         tl.store(state_ptr + _INDEXED, length)
-        tl.store(state_ptr + _STATE, phase)
-        tl.store(state_ptr + _STATE + 1, generated)
-        tl.store(state_ptr + _STATE + 2, thinking)
-        tl.store(state_ptr + _STATE + 3, waits)
-        tl.store(state_ptr + _STATE + 4, since)
-        tl.store(state_ptr + _STATE + 5, mask_round)
-        tl.store(state_ptr + _STATE + 6, node)
-        tl.store(state_ptr + _STATE + 7, newlines)
 
 
 # -- layout ------------------------------------------------------------------------------------
@@ -232,14 +170,14 @@ def _lay_out_kernel(
     wide_R = line_R.to(tl.int64)
     state_ptr_R = state_ptr + wide_R * _SIZE
     ids_ptr_R = ids_ptr + wide_R * positions
-    length_R = tl.load(state_ptr_R + _LENGTH, mask=inside_R, other=0)
+    length_R = tl.load(state_ptr_R + LENGTH, mask=inside_R, other=0)
     cached_R = tl.load(state_ptr_R + _CACHED, mask=inside_R, other=0)
     if launched != 0:
         cached_R += tl.load(state_ptr_R + _FED, mask=inside_R, other=0)
         tl.store(state_ptr_R + _CACHED, cached_R, mask=inside_R)
         tl.store(step_ptr, tl.load(step_ptr) + 1)
     going_R = tl.load(state_ptr_R + _ACTIVE, mask=inside_R, other=0) != 0
-    going_R &= tl.load(state_ptr_R + _STATE, mask=inside_R, other=DONE) != DONE
+    going_R &= tl.load(state_ptr_R + PHASE, mask=inside_R, other=DONE) != DONE
     going_R &= tl.cumsum(going_R.to(tl.int32), axis=0) <= bucket
     left = tl.minimum(spare, slots - tl.sum(going_R.to(tl.int32), axis=0))
 
@@ -299,6 +237,7 @@ def _lay_out_kernel(
 
 def draw_(rows: Rows, slots: Slots, logits_CV: Tensor, vocab_size: int) -> None:
     """The first half of advance."""
+    near = slots.near_BK.shape[1] // 2
     _draw_kernel[(len(slots.draw_B3),)](
         slots.draw_B3,
         slots.token_C,
@@ -319,7 +258,8 @@ def draw_(rows: Rows, slots: Slots, logits_CV: Tensor, vocab_size: int) -> None:
         rows.gram_RG.shape[1],
         slots.ring_DRW.shape[0],
         slots.ring_DRW.shape[2],
-        TILE=slots.near_BK.shape[1] // 2,
+        TILE=min(TILE, near),
+        NEAR=near,
         num_warps=WARPS,
     )
 
@@ -355,3 +295,58 @@ def lay_out_(rows: Rows, slots: Slots, spare: int, launched: bool) -> None:
 def _lanes(size: int) -> int:
     """The power of 2 that holds so many, at least 16."""
     return 1 << max(4, (size - 1).bit_length())
+
+
+_TYPES = {
+    "draw_ptr": "*i32",
+    "token_ptr": "*i32",
+    "step_ptr": "*i64",
+    "state_ptr": "*i32",
+    "ids_ptr": "*i32",
+    "gram_ptr": "*i32",
+    "lines": "i32",
+    "positions": "i32:16",
+    "places": "i32:16",
+}
+COMPILE_CASES = [
+    *(
+        (
+            f"advance/draw/{name}",
+            _draw_kernel,
+            {
+                **_TYPES,
+                "ring_ptr": "*i32",
+                "near_ptr": "*i32",
+                "program_ptr": "*i32",
+                "ender_ptr": "*u8",
+                "logits_ptr": f"*{name}",
+                "logits_stride": "i32:16",
+                "vocab_size": "i32",
+                "table": "i32:16",
+                "ring_size": "i32",
+                "ring_width": "i32",
+            },
+            {"TILE": TILE, "NEAR": NEAR},
+            {"num_warps": WARPS},
+        )
+        for name in ("bf16", "fp32")
+    ),
+    (
+        "advance/lay_out",
+        _lay_out_kernel,
+        {
+            **_TYPES,
+            "position_ptr": "*i32",
+            "line_ptr": "*i32",
+            "live_ptr": "*i32",
+            "slots": "i32",
+            "bucket": "i32",
+            "spare": "i32",
+            "launched": "i32",
+            "most_drafts": "i32",
+        },
+        {"LINES": 64, "SLOTS": 128, "BUCKET": 64},
+        {"num_warps": 8},
+    ),
+]
+"""(name, kernel, argument types, constants, options) of what is shipped; ":16" divides by 16."""

@@ -1,13 +1,20 @@
 """The budget automaton on the device: automaton.py's, over the integers of a row's lines.
 
-All threads of a program compute the same scalars. What one of them stores of the row's ids others
-may read after a barrier, which is the caller's.
+All threads of a program compute the same scalars; one of them stores them. So a barrier stands
+between what all have read and its store, and between the store and what all read next.
 """
 
 from __future__ import annotations
 
 from s1fast.kernels.automaton import PHASES, At, Phase
+from s1fast.kernels.device_rows import Field
 from s1fast.kernels.jit import constant, jit, tl
+
+LENGTH, PHASE = constant(int(Field.LENGTH)), constant(int(Field.PHASE))
+_GENERATED, _THINKING = constant(int(Field.GENERATED)), constant(int(Field.THINKING))
+_WAITS, _ROUND = constant(int(Field.WAITS)), constant(int(Field.ROUND))
+_MASK_ROUND, _NODE = constant(int(Field.MASK_ROUND)), constant(int(Field.NODE))
+_NEWLINES = constant(int(Field.NEWLINES))
 
 THINK, ANSWER, DONE = (constant(PHASES.index(phase)) for phase in Phase)
 
@@ -59,13 +66,18 @@ def _holds(program_ptr, at, token):
 
 
 @jit
-def mask(logits_ptr, program_ptr, thinking, since, mask_round, node):
+def mask(logits_ptr, program_ptr, state_ptr):
     """Automaton.masked, as -inf in a row's logits. An id may be met again at a failure node: what
     it completes there is shorter, so that it is barred there only if it was before."""
     nodes_ptr = program_ptr + tl.load(program_ptr + _NODES)
     minimum = tl.load(program_ptr + _MIN_THINKING)
     early = tl.load(program_ptr + _LONGEST_END) - 1
-    if (thinking - early < minimum) | ((mask_round != 0) & (since <= early)):
+    thinking = tl.load(state_ptr + _THINKING)
+    since = tl.load(state_ptr + _ROUND)
+    bare = tl.load(state_ptr + _MASK_ROUND) != 0
+    thinks = tl.load(state_ptr + PHASE) == THINK
+    if thinks & ((thinking - early < minimum) | (bare & (since <= early))):
+        node = tl.load(state_ptr + _NODE)
         while node >= 0:
             first = tl.load(nodes_ptr + 4 * node + 2)
             count = tl.load(nodes_ptr + 4 * node + 3)
@@ -75,12 +87,11 @@ def mask(logits_ptr, program_ptr, thinking, since, mask_round, node):
                 token_E = tl.load(edge_ptr_E, mask=edge_E < count, other=0)
                 child_E = tl.load(edge_ptr_E + 1, mask=edge_E < count, other=0)
                 match_E = tl.load(nodes_ptr + 4 * child_E + 1, mask=edge_E < count, other=0)
-                early_E = thinking - (match_E - 1) < minimum
-                early_E |= (mask_round != 0) & (since < match_E)
-                out = tl.full((_FEW,), float("-inf"), logits_ptr.dtype.element_ty)
-                tl.store(logits_ptr + token_E, out, mask=(match_E > 0) & early_E)
+                early_E = (thinking - (match_E - 1) < minimum) | (bare & (since < match_E))
+                out_E = tl.full((_FEW,), float("-inf"), logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + token_E, out_E, mask=(match_E > 0) & early_E)
             node = tl.where(node == 0, -1, tl.load(nodes_ptr + 4 * node))
-        tl.debug_barrier()  # every thread sees them gone
+        tl.debug_barrier()
 
 
 @jit
@@ -97,33 +108,27 @@ def _append(ids_ptr, length, program_ptr, start, count):
 
 
 @jit
-def step(
-    token,
-    program_ptr,
-    ender_ptr,
-    ids_ptr,
-    length,
-    phase,
-    generated,
-    thinking,
-    waits,
-    since,
-    mask_round,
-    node,
-    newlines,
-):
+def step(token, program_ptr, ender_ptr, ids_ptr, state_ptr):
     """Automaton.step, and what Row.apply does with the move; `since` is its _round.
 
     Returns:
-        (whether the token just stays, the least length on the way, length, the state anew).
+        (whether the token just stays, the least length on the way, the length).
     """
+    length = tl.load(state_ptr + LENGTH)
+    phase = tl.load(state_ptr + PHASE)
+    generated = tl.load(state_ptr + _GENERATED)
+    thinking = tl.load(state_ptr + _THINKING)
+    waits = tl.load(state_ptr + _WAITS)
+    since = tl.load(state_ptr + _ROUND)
+    newlines = tl.load(state_ptr + _NEWLINES)
+    mask_round = tl.load(state_ptr + _MASK_ROUND)
     harness = tl.load(program_ptr + _HARNESS) != 0
     maximum = tl.load(program_ptr + _MAX_THINKING)
     max_tokens = tl.load(program_ptr + _MAX_TOKENS)
     room = tl.load(program_ptr + _ROOM)
     thinks = phase == THINK
 
-    node = _follow(program_ptr, node, token)
+    node = _follow(program_ptr, tl.load(state_ptr + _NODE), token)
     match = tl.load(program_ptr + tl.load(program_ptr + _NODES) + 4 * node + 1)
     delimiter = match > 0
     stops = (phase == ANSWER) & (match == 0) & _holds(program_ptr, _STOPS, token)
@@ -190,4 +195,15 @@ def step(
     finished = stops | (delimiter & (thinks == 0)) | over
     phase = tl.where(finished, DONE, phase)
     plain = plain & (phase != DONE)
-    return plain, low, length, phase, generated, thinking, waits, since, mask_round, node, newlines
+    tl.debug_barrier()
+    tl.store(state_ptr + LENGTH, length)
+    tl.store(state_ptr + PHASE, phase)
+    tl.store(state_ptr + _GENERATED, generated)
+    tl.store(state_ptr + _THINKING, thinking)
+    tl.store(state_ptr + _WAITS, waits)
+    tl.store(state_ptr + _ROUND, since)
+    tl.store(state_ptr + _MASK_ROUND, mask_round)
+    tl.store(state_ptr + _NODE, node)
+    tl.store(state_ptr + _NEWLINES, newlines)
+    tl.debug_barrier()
+    return plain, low, length

@@ -243,4 +243,4 @@ class Slots:
 
 
 NEAR = 8192
-"""Most ids near enough to be drawn that a row lists, and ids that it looks at together."""
+"""Most ids near enough to be drawn that a row lists."""

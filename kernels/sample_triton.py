@@ -18,7 +18,16 @@ from __future__ import annotations
 import math
 
 from s1fast.kernels import sample
+from s1fast.kernels.device_rows import Field
 from s1fast.kernels.jit import constant, jit, tl
+
+STAGES = constant(8)
+"""Tiles of logits on their way: what one multiprocessor needs to load at its best rate."""
+
+_TEMPERATURE, _TOP_K = constant(int(Field.TEMPERATURE)), constant(int(Field.TOP_K))
+_TOP_P, _MIN_P = constant(int(Field.TOP_P)), constant(int(Field.MIN_P))
+_SEED_LOW, _SEED_HIGH = constant(int(Field.SEED_LOW)), constant(int(Field.SEED_HIGH))
+_SAMPLE = constant(int(Field.SAMPLE))
 
 _ROUND_0, _ROUND_1 = constant(0xD2511F53), constant(0xCD9E8D57)
 _KEY_0, _KEY_1 = constant(0x9E3779B9), constant(0xBB67AE85)
@@ -101,7 +110,7 @@ def _likeliest(logits_ptr, vocab_size, TILE: tl.constexpr):
     high_T = tl.full((TILE,), float("-inf"), tl.float32)
     token_T = tl.zeros((TILE,), tl.int32)
     whole = vocab_size // TILE * TILE  # ids in whole tiles, whose loads need no mask
-    for start in tl.range(0, whole, TILE, num_stages=3):
+    for start in tl.range(0, whole, TILE, num_stages=STAGES):
         logits_T = tl.load(logits_ptr + start + at_T).to(tl.float32)
         high_T, token_T = _higher(high_T, token_T, logits_T, start + at_T)
     rest_T = whole + at_T
@@ -114,49 +123,69 @@ def _likeliest(logits_ptr, vocab_size, TILE: tl.constexpr):
 
 
 @jit
-def _list_tile(near_ptr, count, mass_T, id_T, distance_T, reach, sums, TILE: tl.constexpr):
+def _list_tile(near_ptr, count, mass_T, id_T, distance_T, reach, sums, NEAR: tl.constexpr):
     """Appends a tile's near ids and their distances; adds up all weights."""
     near_T = (distance_T <= reach).to(tl.int32)
     found = tl.sum(near_T, axis=0)
     if found > 0:
         place_T = count + tl.cumsum(near_T, axis=0) - 1
-        inside_T = (near_T > 0) & (place_T < TILE)
+        inside_T = (near_T > 0) & (place_T < NEAR)
         tl.store(near_ptr + place_T, id_T, mask=inside_T)
-        tl.store(near_ptr + TILE + place_T, distance_T, mask=inside_T)
+        tl.store(near_ptr + NEAR + place_T, distance_T, mask=inside_T)
     if sums:
         mass_T += _weight(distance_T).to(tl.int64)
     return count + found, mass_T
 
 
 @jit
-def _list(near_ptr, logits_ptr, vocab_size, high, temperature, reach, sums, TILE: tl.constexpr):
+def _list(
+    near_ptr,
+    logits_ptr,
+    vocab_size,
+    high,
+    temperature,
+    reach,
+    sums,
+    TILE: tl.constexpr,
+    NEAR: tl.constexpr,
+):
     """Lists the ids within reach; returns (their number, the mass of all ids if it is asked for).
-    Of more than TILE it lists the first TILE."""
+    Of more than NEAR it lists the first NEAR."""
     at_T = tl.arange(0, TILE)
     count = 0
     mass_T = tl.zeros((TILE,), tl.int64)
     whole = vocab_size // TILE * TILE
-    for start in tl.range(0, whole, TILE, num_stages=3):
+    for start in tl.range(0, whole, TILE, num_stages=STAGES):
         logits_T = tl.load(logits_ptr + start + at_T).to(tl.float32)
         distance_T = _distance(logits_T, high, temperature)
         count, mass_T = _list_tile(
-            near_ptr, count, mass_T, start + at_T, distance_T, reach, sums, TILE
+            near_ptr, count, mass_T, start + at_T, distance_T, reach, sums, NEAR
         )
     rest_T = whole + at_T
     logits_T = tl.load(logits_ptr + rest_T, mask=rest_T < vocab_size, other=float("-inf"))
     distance_T = _distance(logits_T.to(tl.float32), high, temperature)
     distance_T = tl.where(rest_T < vocab_size, distance_T, _OUTSIDE)
-    count, mass_T = _list_tile(near_ptr, count, mass_T, rest_T, distance_T, reach, sums, TILE)
+    count, mass_T = _list_tile(near_ptr, count, mass_T, rest_T, distance_T, reach, sums, NEAR)
     return count, tl.sum(mass_T, axis=0)
 
 
 @jit
-def _look(near_ptr, logits_ptr, start, num, listed, high, temperature, TILE: tl.constexpr):
+def _look(
+    near_ptr,
+    logits_ptr,
+    start,
+    num,
+    listed,
+    high,
+    temperature,
+    TILE: tl.constexpr,
+    NEAR: tl.constexpr,
+):
     """(ids, distances) of a tile of the list, or of the row where it is not listed."""
     at_T = start + tl.arange(0, TILE)
     if listed:
         id_T = tl.load(near_ptr + at_T, mask=at_T < num, other=0)
-        distance_T = tl.load(near_ptr + TILE + at_T, mask=at_T < num, other=_OUTSIDE)
+        distance_T = tl.load(near_ptr + NEAR + at_T, mask=at_T < num, other=_OUTSIDE)
     else:
         id_T = at_T
         logits_T = tl.load(logits_ptr + at_T, mask=at_T < num, other=0.0).to(tl.float32)
@@ -175,11 +204,14 @@ def _total(
     limit,
     WEIGH: tl.constexpr,
     TILE: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
     """Number of the ids up to a distance, or their weight."""
     total_T = tl.zeros((TILE,), tl.int64)
     for start in range(0, num, TILE):
-        _, distance_T = _look(near_ptr, logits_ptr, start, num, listed, high, temperature, TILE)
+        _, distance_T = _look(
+            near_ptr, logits_ptr, start, num, listed, high, temperature, TILE, NEAR
+        )
         value_T = distance_T * 0 + 1
         if WEIGH:
             value_T = _weight(distance_T)
@@ -198,13 +230,23 @@ def _limit(
     need,
     WEIGH: tl.constexpr,
     TILE: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
     """The least distance up to which the number or the weight of ids reaches what is needed."""
     limit = 0
     step = 1 << 24
     while step > 0:
         total = _total(
-            near_ptr, logits_ptr, num, listed, high, temperature, limit + step - 1, WEIGH, TILE
+            near_ptr,
+            logits_ptr,
+            num,
+            listed,
+            high,
+            temperature,
+            limit + step - 1,
+            WEIGH,
+            TILE,
+            NEAR,
         )
         limit = tl.where(total < need, limit + step, limit)
         step = step >> 1
@@ -222,24 +264,25 @@ def draw(
     logits_ptr,
     vocab_size,
     near_ptr,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    seed_low,
-    seed_high,
-    sample_index,
+    state_ptr,
     position,
     TILE: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
-    """One id of a row of logits, as sample.sample draws it.
+    """One id of a row of logits, as sample.sample draws it by the row's line of state.
 
     Args:
-        near_ptr: int32 memory for 2 TILE values.
-        top_p, min_p: of FIXED_POINT; seed_low to position: int32.
+        near_ptr: int32 memory for 2 NEAR values.
     """
+    temperature = tl.load(state_ptr + _TEMPERATURE).to(tl.float32, bitcast=True)
     high, token = _likeliest(logits_ptr, vocab_size, TILE)
     if temperature > 0.0:
+        top_k = tl.load(state_ptr + _TOP_K)
+        top_p = tl.load(state_ptr + _TOP_P)
+        min_p = tl.load(state_ptr + _MIN_P)
+        seed_low = tl.load(state_ptr + _SEED_LOW)
+        seed_high = tl.load(state_ptr + _SEED_HIGH)
+        sample_index = tl.load(state_ptr + _SAMPLE)
         high = tl.div_rn(high, temperature)
         # A rounding of the largest scores is added, since it may bring two of them together.
         reach = _MOST_NOISE - gumbel(seed_low, seed_high, sample_index, position, token)
@@ -247,33 +290,47 @@ def draw(
         top_k = tl.where(top_k < vocab_size, top_k, 0)
         shares = top_p < _ONE
         num, mass = _list(
-            near_ptr, logits_ptr, vocab_size, high, temperature, reach, shares & (top_k == 0), TILE
+            near_ptr,
+            logits_ptr,
+            vocab_size,
+            high,
+            temperature,
+            reach,
+            shares & (top_k == 0),
+            TILE,
+            NEAR,
         )
         tl.debug_barrier()  # the list is there
-        listed = (num <= TILE) & (num >= top_k)
+        listed = (num <= NEAR) & (num >= top_k)
         if listed & shares & (top_k == 0):
-            near = _total(near_ptr, logits_ptr, num, True, high, temperature, _FAR, True, TILE)
+            near = _total(
+                near_ptr, logits_ptr, num, True, high, temperature, _FAR, True, TILE, NEAR
+            )
             listed = near >= _share_of(mass, top_p)
         num = tl.where(listed, num, vocab_size)
         limit = _FAR
         if top_k > 0:
-            limit = _limit(near_ptr, logits_ptr, num, listed, high, temperature, top_k, False, TILE)
+            limit = _limit(
+                near_ptr, logits_ptr, num, listed, high, temperature, top_k, False, TILE, NEAR
+            )
             if shares:
                 mass = _total(
-                    near_ptr, logits_ptr, num, listed, high, temperature, limit, True, TILE
+                    near_ptr, logits_ptr, num, listed, high, temperature, limit, True, TILE, NEAR
                 )
         if shares:
             need = _share_of(mass, top_p)
             limit = tl.minimum(
                 limit,
-                _limit(near_ptr, logits_ptr, num, listed, high, temperature, need, True, TILE),
+                _limit(
+                    near_ptr, logits_ptr, num, listed, high, temperature, need, True, TILE, NEAR
+                ),
             )
         limit = tl.minimum(limit, reach)
         high_T = tl.full((TILE,), float("-inf"), tl.float32)
         token_T = tl.zeros((TILE,), tl.int32)
         for start in range(0, num, TILE):
             id_T, distance_T = _look(
-                near_ptr, logits_ptr, start, num, listed, high, temperature, TILE
+                near_ptr, logits_ptr, start, num, listed, high, temperature, TILE, NEAR
             )
             kept_T = (distance_T <= limit) & (_weight(distance_T) >= min_p)
             if tl.max(kept_T.to(tl.int32), axis=0) > 0:

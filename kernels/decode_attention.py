@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from s1fast.kernels import decode_attention_triton as kernels
+from s1fast.kernels import prefill_attention_triton
 from s1fast.kernels.arguments import expect, expect_unit_stride, floats, wide
 
 
@@ -128,7 +129,7 @@ def prefill_attention(
             f"{len(q_THK)} tokens need {needed}, and start at least 0"
         )
     out_THK = q_THK.new_empty(q_THK.shape)
-    function = kernels.prefill if q_THK.is_cuda else reference_prefill
+    function = prefill_attention_triton.prefill if q_THK.is_cuda else reference_prefill
     function(q_THK, k_PSNK, v_PSNK, table_P, start, out_THK)
     return out_THK
 

@@ -1,6 +1,6 @@
-"""The Triton kernels of decode attention: split rows of a step, and a chunk of one row.
+"""The Triton kernel of decode attention: a step's rows in splits.
 
-**Decoding.** The work of a step is cut on the device. The positions of all rows are added up and
+The work of a step is cut on the device. The positions of all rows are added up and
 cut into splits of nearly the same length, such that they fill a fixed number of programs evenly: so
 one long row, many short ones and any mixture keep the whole device busy, and idle slots cost
 nothing, while the grid is always the same. A split is one kv head over some positions of one row.
@@ -11,9 +11,6 @@ share is settled by their place alone: those of one line in the same QUERIES pla
 Programs that finish a split leave their result, normalised, with its log-sum-exp to base 2. The
 last one to arrive, told by a counter, adds those of the row up in their order: so every run gives
 the same bits.
-
-**Prefill.** A tile of queries of one head against tiles of keys, each gathered through the page
-table; the latest tiles, which see most, come first.
 
 Positions that a query may not see score -inf and those beyond a row's end are not read, so nothing
 there, not even a NaN, can enter.
@@ -29,6 +26,8 @@ from torch import Tensor
 from s1fast.kernels.jit import constant, jit, tl
 
 LOWEST = constant(-1e30)  # finite: a row that has seen nothing yet must not make a NaN
+JOINED = constant(8)
+"""Partial results that are on their way when a row's are added up."""
 LOG2_E = 1.4426950408889634
 
 MAX_WIDTH = 256
@@ -47,8 +46,6 @@ MAX_QUERIES = 8
 """Slots that share a program."""
 DECODE = {torch.bfloat16: (64, 4, 7), torch.float32: (32, 8, 3)}
 """dtype -> (keys of a tile, warps, stages)."""
-PREFILL = {torch.bfloat16: (128, 64, 8, 5), torch.float32: (32, 32, 8, 2)}
-"""dtype -> (queries and keys of a tile, warps, stages)."""
 
 
 @jit
@@ -95,7 +92,7 @@ def _rows(ptr, table_ptr, key_N, inside_N, stride_p, stride_s, SIZE: tl.constexp
 
 
 @jit
-def _attend(
+def attend_pages(
     q_MK,
     last_M,
     k_ptr,
@@ -224,7 +221,7 @@ def _decode_kernel(
         mine_MK = mine_M[:, None] & (column_1K < WIDTH)
         q_M = q_ptr + slot_M.to(tl.int64) * q_stride_c + head_M * q_stride_h
         q_MK = tl.load(q_M[:, None] + column_1K, mask=mine_MK, other=0.0)
-        out_MK, lse2_M = _attend(
+        out_MK, lse2_M = attend_pages(
             q_MK,
             last_M,
             k_ptr + head.to(tl.int64) * k_stride_n,
@@ -291,7 +288,7 @@ def _joined(
     high_M = tl.full((M,), LOWEST, tl.float32)
     sum_M = tl.zeros((M,), tl.float32)
     acc_MK = tl.zeros((M, COLUMNS), tl.float32)
-    for i in tl.range(0, splits, num_stages=4):
+    for i in tl.range(0, splits, num_stages=JOINED):
         here_M = (unit + i * KV_HEADS).to(tl.int64) * ROWS + tl.arange(0, M)
         lse2_M = tl.load(lse2_ptr + here_M, mask=mine_M, other=LOWEST)
         part_MK = tl.load(
@@ -303,68 +300,6 @@ def _joined(
         acc_MK = acc_MK * fade_M[:, None] + part_MK * weight_M[:, None]
         high_M = new_M
     return acc_MK / sum_M[:, None]
-
-
-@jit
-def _prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    out_ptr,
-    scale2,
-    start,
-    num_tokens,
-    heads,
-    group,
-    q_stride_t,
-    q_stride_h,
-    k_stride_p,
-    k_stride_s,
-    k_stride_n,
-    v_stride_p,
-    v_stride_s,
-    v_stride_n,
-    M: tl.constexpr,
-    TILE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SIZE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    row = (tl.cdiv(num_tokens, M) - 1 - tl.program_id(0) // heads) * M
-    token_M = row + tl.arange(0, M)
-    inside_M = token_M < num_tokens
-    column_1K = tl.arange(0, COLUMNS)[None, :]
-    inside_MK = inside_M[:, None] & (column_1K < WIDTH)
-    q_M = q_ptr + token_M.to(tl.int64) * q_stride_t + head * q_stride_h
-    q_MK = tl.load(q_M[:, None] + column_1K, mask=inside_MK, other=0.0)
-    length = start + tl.minimum(row + M, num_tokens)
-    out_MK, _ = _attend(
-        q_MK,
-        tl.where(inside_M, start + token_M, -1),
-        k_ptr + head // group * k_stride_n,
-        v_ptr + head // group * v_stride_n,
-        table_ptr,
-        0,
-        length,
-        length,
-        scale2,
-        k_stride_p,
-        k_stride_s,
-        v_stride_p,
-        v_stride_s,
-        M,
-        TILE,
-        WIDTH,
-        COLUMNS,
-        SIZE,
-        STAGES,
-    )
-    at_M = (token_M.to(tl.int64) * heads + head) * WIDTH
-    kind = out_ptr.dtype.element_ty
-    tl.store(out_ptr + at_M[:, None] + column_1K, out_MK.to(kind), mask=inside_MK)
 
 
 # -- launches ----------------------------------------------------------------------------------
@@ -388,7 +323,7 @@ def partial_rows(num_slots: int, group: int, kv_heads: int) -> int:
     return kv_heads * group * max(fair, SPLITS * num_slots)
 
 
-def _columns(width: int) -> dict[str, int]:
+def columns(width: int) -> dict[str, int]:
     return {"WIDTH": width, "COLUMNS": max(_power(width), 16)}
 
 
@@ -408,7 +343,7 @@ def _decode_options(
         "SHORT": SHORTEST,
         "INVARIANT": SPLITS if invariant else 0,
     }
-    return constants | _columns(width), {"num_warps": warps, "num_stages": stages}
+    return constants | columns(width), {"num_warps": warps, "num_stages": stages}
 
 
 def decode(
@@ -455,47 +390,12 @@ def decode(
     )
 
 
-def _prefill_options(width: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, int]]:
-    """(constants, options) of a launch."""
-    rows, tile, warps, stages = PREFILL[dtype]
-    constants = {"M": rows, "TILE": tile, "STAGES": stages}
-    return constants | _columns(width), {"num_warps": warps, "num_stages": stages}
-
-
-def prefill(
-    q_THK: Tensor, k_PSNK: Tensor, v_PSNK: Tensor, table_P: Tensor, start: int, out_THK: Tensor
-) -> None:
-    """prefill_attention by the kernel, into out_THK."""
-    num_tokens, heads, width = q_THK.shape
-    constants, options = _prefill_options(width, q_THK.dtype)
-    if not num_tokens:
-        return
-    _prefill_kernel[(-(-num_tokens // constants["M"]) * heads,)](
-        q_THK,
-        k_PSNK,
-        v_PSNK,
-        table_P,
-        out_THK,
-        width**-0.5 * LOG2_E,
-        start,
-        num_tokens,
-        heads,
-        heads // k_PSNK.shape[2],
-        *q_THK.stride()[:2],
-        *k_PSNK.stride()[:3],
-        *v_PSNK.stride()[:3],
-        SIZE=k_PSNK.shape[1],
-        **constants,
-        **options,
-    )
-
-
 # -- what is compiled ahead of time -------------------------------------------------------------
 
-_NAMES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _types(name: str, pointers: tuple[str, ...], rows: str) -> dict[str, str]:
+def types_of(name: str, pointers: tuple[str, ...], rows: str) -> dict[str, str]:
     strides = [f"q_stride_{d}" for d in (rows, "h")]
     strides += [f"{x}_stride_{d}" for x in "kv" for d in "psn"]
     return {
@@ -508,10 +408,13 @@ def _types(name: str, pointers: tuple[str, ...], rows: str) -> dict[str, str]:
 
 def _decode_case(name: str, slots: int, heads: tuple[int, int, int], invariant: bool = False):
     group, kv_heads, width = heads
-    constants, options = _decode_options(slots, group, kv_heads, width, _NAMES[name], invariant)
+    constants, options = _decode_options(slots, group, kv_heads, width, DTYPES[name], invariant)
     pointers = ("table_ptr", "line_ptr", "position_ptr", "counter_ptr")
-    types = _types(name, pointers, "c") | {"partial_ptr": "*fp32", "lse2_ptr": "*fp32"}
+    types = types_of(name, pointers, "c") | {"partial_ptr": "*fp32", "lse2_ptr": "*fp32"}
     types |= dict.fromkeys(("num_slots", "table_stride"), "i32")
+    if slots == 1:  # which a launch makes a constant
+        del types["num_slots"]
+        constants["num_slots"] = 1
     full = (
         f"decode_attention/{name}/{slots} slots/{group * kv_heads} over {kv_heads} heads of {width}"
     )
@@ -519,25 +422,12 @@ def _decode_case(name: str, slots: int, heads: tuple[int, int, int], invariant: 
     return full, _decode_kernel, types, {**constants, "SIZE": 16}, options
 
 
-def _prefill_case(name: str, width: int):
-    constants, options = _prefill_options(width, _NAMES[name])
-    types = _types(name, ("table_ptr",), "t")
-    types |= dict.fromkeys(("start", "num_tokens", "heads", "group"), "i32")
-    return (
-        f"prefill_attention/{name}/{width}",
-        _prefill_kernel,
-        types,
-        {**constants, "SIZE": 16},
-        options,
-    )
-
-
 COMPILE_CASES = [
-    *(_decode_case("bf16", slots, (5, 8, 128)) for slots in (8, 64)),
+    *(_decode_case("bf16", slots, (5, 8, 128)) for slots in (1, 8, 64)),
     _decode_case("bf16", 64, (5, 8, 128), True),
     _decode_case("bf16", 8, (7, 2, 64)),
     _decode_case("bf16", 8, (1, 16, 128)),
+    _decode_case("bf16", 8, (5, 1, 128)),
     _decode_case("fp32", 8, (5, 8, 128)),
-    *(_prefill_case(name, width) for name in _NAMES for width in (64, 128)),
 ]
 """As softmax_gradient.COMPILE_CASES."""

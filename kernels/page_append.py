@@ -98,12 +98,15 @@ def _check(
     for name, x_C in (("position_C", position_C), ("line_C", line_C)):
         expect(name, x_C, (len(qkv_CQ),), (torch.int32,), device)
     expect("table_RP", table_RP, ("R", "P"), (torch.int32,), device)
-    for name, x in (("qkv_CQ", qkv_CQ), ("table_RP", table_RP)):
-        expect_unit_stride(name, x)
-    for name, x in (("k_PSNK", k_PSNK), ("v_PSNK", v_PSNK)):
+    for name, x in {
+        "qkv_CQ": qkv_CQ,
+        "table_RP": table_RP,
+        "k_PSNK": k_PSNK,
+        "v_PSNK": v_PSNK,
+    }.items():
         expect_unit_stride(name, x)
     whole = {"cos_XR": cos_XR, "sin_XR": sin_XR, "position_C": position_C, "line_C": line_C}
-    for name, x in whole.items() if bias_Q is None else (whole | {"bias_Q": bias_Q}).items():
+    for name, x in (whole if bias_Q is None else whole | {"bias_Q": bias_Q}).items():
         if not x.is_contiguous():
             raise ValueError(f"{name} has strides {x.stride()}, pass {name}.contiguous()")
 
@@ -183,11 +186,11 @@ def _append_kernel(
 
     x_HR = head_H[:, None] * (2 * HALF) + column_R[None, :]
     in_HR = qkv_ptr + slot * qkv_stride + x_HR
-    a_HR = tl.load(in_HR, mask=inside_HR & live, other=0.0).to(tl.float32)
-    b_HR = tl.load(in_HR + HALF, mask=inside_HR & live, other=0.0).to(tl.float32)
+    a_HR = tl.load(in_HR, mask=inside_HR, other=0.0).to(tl.float32)
+    b_HR = tl.load(in_HR + HALF, mask=inside_HR, other=0.0).to(tl.float32)
     if BIASED:
-        a_HR += tl.load(bias_ptr + x_HR, mask=inside_HR & live, other=0.0).to(tl.float32)
-        b_HR += tl.load(bias_ptr + x_HR + HALF, mask=inside_HR & live, other=0.0).to(tl.float32)
+        a_HR += tl.load(bias_ptr + x_HR, mask=inside_HR, other=0.0).to(tl.float32)
+        b_HR += tl.load(bias_ptr + x_HR + HALF, mask=inside_HR, other=0.0).to(tl.float32)
     angle_R = position.to(tl.int64) * HALF + column_R
     cos_1R = tl.load(cos_ptr + angle_R, mask=column_R < HALF, other=0.0)[None, :]
     sin_1R = tl.load(sin_ptr + angle_R, mask=column_R < HALF, other=0.0)[None, :]
@@ -202,8 +205,8 @@ def _append_kernel(
     out_H = tl.where(key_H < 0, q_H, tl.where(value_H < 0, k_H, v_H))
     out_HR = out_H[:, None] + column_R[None, :]
     kind = q_ptr.dtype.element_ty
-    tl.store(out_HR, c_HR.to(kind), mask=inside_HR)
-    tl.store(out_HR + HALF, d_HR.to(kind), mask=inside_HR)
+    tl.store(out_HR, tl.where(live, c_HR, 0.0).to(kind), mask=inside_HR)
+    tl.store(out_HR + HALF, tl.where(live, d_HR, 0.0).to(kind), mask=inside_HR)
 
 
 def _launch_options(dtype: torch.dtype, half: int) -> tuple[dict[str, Any], dict[str, int]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from s1fast.kernels import decode_attention as op
 from s1fast.kernels import decode_attention_triton as kernels
+from s1fast.kernels import prefill_attention_triton as prefill_kernels
 from s1fast.kernels.decode_attention import decode_attention, decode_workspace, prefill_attention
 from tolerances import check_against_eager
 
@@ -51,7 +52,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", PROGRAMS)
     monkeypatch.setattr(kernels, "SHORTEST", TILE)
     monkeypatch.setattr(kernels, "DECODE", dict.fromkeys((BF16, FP32), (TILE, 4, 3)))
-    monkeypatch.setattr(kernels, "PREFILL", dict.fromkeys((BF16, FP32), (16, 32, 4, 2)))
+    monkeypatch.setattr(prefill_kernels, "PREFILL", dict.fromkeys((BF16, FP32), (16, 32, 4, 2)))
 
 
 @pytest.fixture(params=["reference", KERNEL])
@@ -61,7 +62,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, smal
         return "cpu"
     if not ON_GPU:
         monkeypatch.setattr(op, "reference_decode", kernels.decode)
-        monkeypatch.setattr(op, "reference_prefill", kernels.prefill)
+        monkeypatch.setattr(op, "reference_prefill", prefill_kernels.prefill)
     return "cuda" if ON_GPU else "cpu"
 
 

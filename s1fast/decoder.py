@@ -366,7 +366,7 @@ class Engine:
         return handles
 
     def _pages_of(self, request: Request, ids: list[int], cells: list[Cell]) -> int:
-        """Most pages that its rows can hold. Refuses what could never run, however long it waits."""
+        """Most pages that its rows can hold. Refuses what could never run at all."""
         longest = max(cell.program.longest for cell in cells)
         pages, have = -(-(len(ids) + longest + 1) // PAGE_SIZE), self.pages.count - 1
         if pages > have:

@@ -30,10 +30,10 @@ from s1fast.errors import InputError
 from s1fast.graphs import buckets_for, num_slots
 from s1fast.handle import Cancelled, Handle
 from s1fast.hub import find
-from s1fast.kv_cache import PAGE_SIZE, KVCache, Pages
+from s1fast.kv_cache import PAGE_SIZE, KVCache, Pages, num_pages
 from s1fast.loop import Loop, Stats
 from s1fast.markers import MarkersName
-from s1fast.model import Model, ModelConfig
+from s1fast.model import Model
 from s1fast.request import (
     Cell,
     Completion,
@@ -46,10 +46,6 @@ from s1fast.request import (
 from s1fast.row import Row
 from s1fast.tensor_parallel import Ranks, load_shard
 from s1fast.tree import trunk_first
-
-CACHE_BYTES = 2 << 30
-"""Default size of the cache on a CPU, where the context is not larger; only what is used of it is
-ever touched."""
 
 _CPU = torch.device("cpu")
 
@@ -86,6 +82,9 @@ class Engine:
             the device's loop, tokens of a chunk.
         cache_tokens: positions of the cache; None: 2 GiB of them on a CPU, most of what is free on
             a GPU, and one whole context at least.
+        preempt: whether a row may take pages from one that came later, which then computes its
+            tokens anew; without it a request is refused unless there are pages for all that it and
+            those before it may ever need.
         reuse_prompts: whether prompts take over what was computed of an equal beginning before.
         speculate: most draft tokens a row brings to a step, out of its own text; never changes
             what is drawn.
@@ -108,6 +107,7 @@ class Engine:
         max_batch: int = 64,
         step_tokens: int = 512,
         cache_tokens: int | None = None,
+        preempt: bool = True,
         reuse_prompts: bool = True,
         speculate: int = 0,
         ranks: Ranks | None = None,
@@ -150,7 +150,7 @@ class Engine:
         if self.chat.vocab_size > self.model.config.vocab_size:
             raise InputError(f"{folder}: tokenizer.json has more ids than config.json's vocab_size")
         self.max_batch, self.context = max_batch, self.model.config.max_position_embeddings
-        count = _num_pages(self.model.config, kind, self.device, max_batch, cache_tokens)
+        count = num_pages(self.model.config, kind, self.device, max_batch, cache_tokens)
         self.pages = Pages(count, reuse=reuse_prompts)
         cache = KVCache(self.model.config, count, max_batch, self.device, kind)
         self._ranks = ranks
@@ -172,6 +172,8 @@ class Engine:
         )
         self._lock = threading.Lock()
         self._handles: dict[int, Handle] = {}
+        self._preempt = preempt
+        self._reserved: dict[int, int] = {}  # pages of each job, where none is preempted
         self._fresh: list[_Sample] = []
         self._cancelled: list[int] = []
         self._thread: threading.Thread | None = None
@@ -343,10 +345,11 @@ class Engine:
         if self._ranks is not None and self._ranks.group is None:
             raise InputError("ranks: this engine was closed; make another")
         compiled = [compile_request(request, self.chat, self.context) for request in requests]
-        for request, (ids, cells) in zip(requests, compiled, strict=True):
-            self._check_fits(request, ids, cells)
+        needs = [self._pages_of(r, *what) for r, what in zip(requests, compiled, strict=True)]
         handles = []
         with self._lock:
+            if not self._preempt:
+                self._reserve(needs)
             for index, (request, (ids, cells)) in enumerate(zip(requests, compiled, strict=True)):
                 self._jobs += 1
                 job, n = self._jobs, request.params.n
@@ -362,16 +365,31 @@ class Engine:
                 self._thread.start()
         return handles
 
-    def _check_fits(self, request: Request, ids: list[int], cells: list[Cell]) -> None:
-        """Refuses what could never run, however long it waited."""
+    def _pages_of(self, request: Request, ids: list[int], cells: list[Cell]) -> int:
+        """Most pages that its rows can hold. Refuses what could never run at all."""
         longest = max(cell.program.longest for cell in cells)
-        needed = -(-(len(ids) + longest + 1) // PAGE_SIZE) * PAGE_SIZE
-        have = (self.pages.count - 1) * PAGE_SIZE
-        if needed > have:
+        pages, have = -(-(len(ids) + longest + 1) // PAGE_SIZE), self.pages.count - 1
+        if pages > have:
             raise InputError(
-                f"max_tokens {request.params.max_tokens}: with the prompt up to {needed} positions,"
-                f" the cache has {have}; ask for fewer, or make the engine with more cache_tokens"
+                f"max_tokens {request.params.max_tokens}: with the prompt up to "
+                f"{pages * PAGE_SIZE} positions, the cache has {have * PAGE_SIZE}; ask for fewer, "
+                "or make the engine with more cache_tokens"
             )
+        return pages * request.params.n * len(cells)
+
+    def _reserve(self, needs: list[int]) -> None:
+        """Notes the pages of the jobs to come, or refuses them all."""
+        going = {job for job, handle in self._handles.items() if not handle.finished}
+        reserved = {job: n for job, n in self._reserved.items() if job in going}
+        others, have = sum(reserved.values()), self.pages.count - 1
+        if sum(needs) + others > have:
+            raise InputError(
+                f"preempt: without it {sum(needs)} pages of {PAGE_SIZE} positions are kept for "
+                f"this request beside {others} for others, and the cache has {have}; wait, ask for "
+                "fewer max_tokens, or make the engine with more cache_tokens"
+            )
+        jobs = range(self._jobs + 1, self._jobs + 1 + len(needs))
+        self._reserved = reserved | dict(zip(jobs, needs, strict=True))
 
     # -- the engine's own thread ---------------------------------------------------------------
 
@@ -464,23 +482,3 @@ def _matrices(model: Model) -> dict[str, Tensor]:
     if model.head.weight is not None:
         del matrices["embed.weight"]
     return matrices
-
-
-def _num_pages(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_batch: int,
-    cache_tokens: int | None,
-) -> int:
-    """Pages of the cache, the sink included."""
-    if cache_tokens is not None:
-        return 1 + -(-cache_tokens // PAGE_SIZE)
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    position_bytes = 2 * heads * config.head_dim * dtype.itemsize
-    room = CACHE_BYTES
-    if device.type == "cuda":
-        room = int(0.9 * torch.cuda.mem_get_info(device)[0])
-    context = config.max_position_embeddings + 1
-    tokens = min(max_batch * context, max(context, room // position_bytes))
-    return 1 + -(-tokens // PAGE_SIZE)

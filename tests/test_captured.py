@@ -249,13 +249,14 @@ def test_a_request_that_fails(writer: Ascii, monkeypatch: pytest.MonkeyPatch) ->
     assert len(good.result()[0].token_ids) == 60
     with pytest.raises(RuntimeError, match="no such token"):
         worse.result()
-    run, calls = looped(engine)._device._forward.logits, []
+    graphs, calls = looped(engine)._device.graphs, []
+    run = graphs.run
 
-    def breaks(slots: Any) -> torch.Tensor:
-        calls.append(slots)
-        return 1 / 0 if len(calls) > 5 else run(slots)
+    def breaks(bucket: int) -> None:
+        calls.append(bucket)
+        run(bucket if len(calls) < 6 else 1 // 0)
 
-    monkeypatch.setattr(looped(engine)._device._forward, "logits", breaks)
+    monkeypatch.setattr(graphs, "run", breaks)
     with pytest.raises(ZeroDivisionError):
         engine.generate(prompts)
     monkeypatch.undo()

@@ -373,6 +373,24 @@ def test_what_can_never_fit_the_cache_is_refused(writer: Ascii) -> None:
     assert len(engine.generate(prompts, SamplingParams(max_tokens=54))[0].token_ids) == 54
 
 
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_without_preemption_what_may_not_fit_is_refused(writer: Ascii, loop: Any) -> None:
+    """Before it is begun, and until others are done; what is taken runs to its end undisturbed."""
+    engine = Engine(writer.folder, cache_tokens=160, preempt=False, loop=loop)
+    params = SamplingParams(max_tokens=54)
+    prompts = prompts_of(writer.chat, 9, 9, 9)
+    with pytest.raises(InputError, match=r"preempt: without it 12 pages .* beside 0 .* has 10"):
+        engine.generate(prompts, params)
+    first = engine.submit(Request(prompt=prompts[0], params=params))
+    second = engine.submit(Request(prompt=prompts[1], params=params))
+    with pytest.raises(InputError, match=r"4 pages .* beside 8 for others, and the cache has 10"):
+        engine.submit(Request(prompt=prompts[2], params=params))
+    for handle in (first, second):
+        assert len(handle.result()[0].token_ids) == 54
+    assert len(engine.generate(prompts[2:], params)[0].token_ids) == 54
+    assert engine.stats.preemptions == 0
+
+
 @pytest.mark.parametrize("logprobs", [-1, 101, 2.0, True])
 def test_logprobs_that_cannot_hold_are_named(logprobs: Any) -> None:
     with pytest.raises(InputError, match="logprobs must be"):

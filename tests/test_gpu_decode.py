@@ -1,5 +1,5 @@
-"""The captured loop on a CUDA device: test_captured.py's tests again, in fp32 against the host's loop
-on a CPU; graphs, csrc, and that nothing is waited for (make gpu)."""
+"""The captured loop on a CUDA device (make gpu): the tests of test_captured.py, in fp32 against the
+loop of the host on a CPU; graphs, csrc, and that nothing is waited for."""
 
 from __future__ import annotations
 

@@ -100,9 +100,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "grading": {"errors"},
     "recipes": {"budget", "chat", "decoder", "errors", "files", "grading", "hub", "recipes"}
     | {"rows"},
-    "bench": {"balance", "bench", "chat", "config", "decoder", "errors", "files", "kernels"}
-    | {"matmul", "metrics", "model", "packing", "parallel", "plan", "planner", "published", "rates"}
-    | {"step"},
+    "bench": {"automaton", "balance", "bench", "captured", "chat", "config", "decoder", "device"}
+    | {"errors", "files", "kernels", "kv_cache", "matmul", "metrics", "model", "packing"}
+    | {"parallel", "plan", "planner", "published", "rates", "request", "row", "step", "tree"},
     "tasks": {"errors", "files", "hub", "rows"},
     "scaling": set(),
     "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "request", "tasks"},

@@ -108,7 +108,7 @@ def test_live_tokens_are_counted_on_the_device(form: dict[str, bool], run: Run) 
 
 
 def test_ragged_shapes(run: Run) -> None:
-    """N around a tile, K around a load, a step and a step of every warp; rows apart, NaN between."""
+    """N around a tile, K around a load, a step, a step of each warp; rows apart, NaN between."""
     sizes = [(n, k) for n in (1, 16, 17, 32, 65) for k in (8, 24, 40, 256, 264, 1032)]
     run(
         [
@@ -279,11 +279,11 @@ def shapes() -> Iterator[tuple[str, int, int, bool, bool]]:
 
 
 def test_plans_of_real_shapes(csrc_library: Path) -> None:
-    """All columns of all rows, every block as busy as the next: what a rank of any model multiplies.
+    """All columns of all rows, every block as busy as the next, for a rank of any model.
 
-    Busy: the mean block's share of the real weights over the longest one's stretch. What is lost is
-    the last tile's rows that are not there, the last step's columns, and a step of 2 KB a block; below
-    8 MB, where a launch's own microseconds count more, more is admitted.
+    Busy: the mean block's share of the real weights over the longest one's stretch. What is lost
+    are the last tile's rows that are not there, the last step's columns, and a step of 2 KB a
+    block; below 8 MB, where a launch's own microseconds count more, more is admitted.
     """
     plan_of = ctypes.CDLL(str(csrc_library)).s1fast_plan
     plan_of.restype = Plan

@@ -280,7 +280,7 @@ __device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, 
 
   Running sums;
   int tile = begin / g.plan.steps_of_tile, turn = 0;
-  uint32_t parity = 1;   // at first both sets of sums are empty
+  uint32_t parity = 1;    // at first both sets of sums are empty
   auto hand_over = [&] {  // two sets in turn: one is read while the other is written
     barrier_wait(&shared.empty[turn], parity);
     put<NORM>(sums, shared.sums[turn][warp], lane);

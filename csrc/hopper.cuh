@@ -1,6 +1,7 @@
 // What an H100 has beyond C++: asynchronous copies, barriers to arrive at without waiting, tensor
-// cores, and the handshake between a kernel and its successor. One function an instruction, so that a kernel reads
-// as plain C++; the tests run the same kernels on a CPU with these names defined otherwise.
+// cores, and the handshake between a kernel and its successor. One function an instruction, so that a
+// kernel reads as plain C++; the tests run the same kernels on a CPU with these names defined
+// otherwise.
 #pragma once
 
 #include <cstdint>

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutation import Mutation
 
 ATTENTION = "tests/test_decode_attention.py"
+_FILLED = "test_a_row_fills_all_programs_whatever_else_is_idle"
 
 
 def _decode(name: str, old: str, new: str, *tests: str) -> Mutation:
@@ -46,7 +47,12 @@ MUTATIONS = (
     ),
     _decode("scale to base e", "width**-0.5 * LOG2_E", "width**-0.5"),
     _decode("nothing seen is NaN", "tl.where(sum_M == 0.0, 1.0, sum_M)", "sum_M"),
-    _decode("pages in 32 bits", "other=0).to(tl.int64)\n    return", "other=0)\n    return"),
+    _decode(
+        "pages in 32 bits",
+        "other=0).to(tl.int64)\n    return",
+        "other=0)\n    return",
+        "test_pages_beyond_int32",
+    ),
     _decode("offset in the page", "(key_N % SIZE)", "(key_N % SIZE // 2)"),
     # -- the cut
     _decode("a split to the row's end", "tl.minimum(start + size, length)", "length"),
@@ -64,9 +70,10 @@ MUTATIONS = (
         "every slot leads",
         "leads_C &= tl.load(line_ptr + slot_C - i, mask=before_C, other=-1) != line_C",
         "pass",
+        _FILLED,
     ),
-    _decode("splits beyond the workspace", "programs) - rows + 1", "programs) + rows + 1"),
-    _decode("splits that leave programs idle", "tl.cdiv(3 * rows, programs)", "1"),
+    _decode("splits without end", "programs) - rows + 1", "programs) * 3 - rows + 1", _FILLED),
+    _decode("splits that leave programs idle", "tl.cdiv(3 * rows, programs)", "1", _FILLED),
     _decode(
         "splits too short",
         "tl.maximum(tl.cdiv(split_C, TILE) * TILE, SHORT)",

@@ -14,15 +14,19 @@
 // has the same bits whatever M and the other tokens are. The bits depend on N, K and the number of
 // blocks only.
 //
-// The work is a row of units: 16 rows of weights times `chunk` columns, tile after tile. Every block
-// takes an equal stretch of it, so all 132 multiprocessors end together whatever N and K are. A tile
-// that two or more blocks share is summed by the last of them to arrive, in the blocks' order: the
-// same bits every time, and nobody waits.
+// The work is a row of steps: ROWS rows of weights times 32 columns, tile after tile. Every block
+// takes an equal stretch of it, so all multiprocessors end together whatever N and K are. A tile that
+// two or more blocks share is summed by the last of them to arrive, in the blocks' order: the same
+// bits every time, and nobody waits.
 //
-// In a block one warp copies units into a ring in shared memory, and WARPS warps take them out. What
-// does not depend on the kernel before (weights, norm) is asked for ahead of the wait for it; x
-// follows. The ring is less than half of a multiprocessor's memory, so the next kernel's fits beside
-// it and fills while this one ends.
+// In a block WARPS warps stream: steps are dealt to them in turn, and each has asked memory for the
+// next DEPTH of its own, beyond the tile's end too. Every thread copies 16 bytes at a time to a place
+// in shared memory of its own, from where it alone takes them: nobody waits for another. One more warp
+// finishes tiles.
+//
+// The weights do not depend on the kernel before and are asked for ahead of the wait for it. The next
+// kernel may start when this one asks for its last bytes, and a multiprocessor has room for blocks of
+// both: so memory works while this kernel adds up, ends and hands over.
 //
 // A norm needs no pass of its own: the sum of squares grows beside the product (the diagonal of
 // x x^T, on tensor cores too), travels with a shared tile's partial sums, and scales the result.
@@ -37,42 +41,47 @@
 namespace s1fast {
 
 constexpr int MAX_TOKENS = 8;
-constexpr int ROWS = 16;  // of weights in a tile
-constexpr int WARPS = 4;  // that compute; one more copies
-constexpr int CONSUMERS = 32 * WARPS;
-constexpr int THREADS = CONSUMERS + 32;
-constexpr int LONGEST_CHUNK = 512;  // columns: 1 KB a row and copy
-constexpr int SHORTEST_CHUNK = 128;
-constexpr int STEP = 32;  // columns a warp takes at once, 16 bytes a thread and row
-constexpr int MAX_STAGES = 16;
-constexpr int SUMS = ROWS * MAX_TOKENS;  // of a tile, as [token][row]
+constexpr int STEP = 32;  // columns: 16 bytes a thread and row
+
+constexpr int WARPS = 8;      // that stream
+constexpr int BLOCKS = 1;     // on a multiprocessor, beside as many of the next kernel
+constexpr int FRAGMENTS = 2;  // of 16 rows in a tile: what is read of x serves all of them
+constexpr int DEPTH = 4;      // steps that a warp has asked for and not used
+constexpr int AHEAD = 4;      // further steps of a warp, brought to L2 before the kernel ahead ends
+constexpr int LEAVE = 2;      // steps of a warp not yet asked for when the next kernel may start
+
+constexpr int THREADS = 32 * (WARPS + 1);
+constexpr int ROWS = 16 * FRAGMENTS;       // of weights in a tile
+constexpr int SUMS = ROWS * MAX_TOKENS;    // of a tile, as [fragment][token][place]
 constexpr int RECORD = SUMS + MAX_TOKENS;  // and the sum of squares of each token
-// A multiprocessor has 228 KB, 1 KB of it reserved for each block; two blocks fit.
-constexpr int SHARED_LIMIT = 233472 / 2 - 1024;
 
-// What stays when the ring turns; the ring lies behind it.
+// What a warp has of a step, a column of 16-byte pieces for each thread.
+using Slot = uint4[2 * FRAGMENTS][32];
+
 struct Shared {
+  Slot ring[WARPS][DEPTH];  // 64 KB, in flight
   float sums[2][WARPS][RECORD];
-  Barrier full[MAX_STAGES], empty[MAX_STAGES];
-  int last_to_arrive;
+  Barrier full[2], empty[2];
 };
-constexpr int RING_OFFSET = (sizeof(Shared) + 127) / 128 * 128;
 
-// How weights lie in memory and become bf16. Narrower ones bring their own `row_bytes` and `load`
-// and need no more room than bf16; the rest of the kernel does not change.
+// Of a multiprocessor's memory, 256 KB of which at most 228 may be shared, what two kernels' blocks
+// need, a KB beside each; the rest is L1, where x stays. Rounded down: the hardware's division rounds
+// up again.
+constexpr int SHARED_PERCENT = int(2 * BLOCKS * (sizeof(Shared) + 1024) * 100 / 233472);
+static_assert(SHARED_PERCENT < 100);
+
+// How weights lie in memory and become bf16. Narrower ones bring their own; the rest of the kernel
+// does not change.
 struct Bf16Weight {
   static constexpr __host__ __device__ int64_t row_bytes(int64_t columns) { return 2 * columns; }
-  // Columns [column, column + 8) of a row in shared memory.
-  static __device__ __forceinline__ uint4 load(const char* row, int column) {
-    return *reinterpret_cast<const uint4*>(row + 2 * column);
-  }
+  static __device__ __forceinline__ uint4 bf16(uint4 piece) { return piece; }
 };
 
-// The division of the work. `grid` blocks share `units` evenly.
+// The division of the work: every block takes `share` steps, the first `over` blocks one more. What a
+// block would have to divide for before it can ask for anything is divided here.
 struct Plan {
-  int chunk, chunks;  // columns of a unit; units of a tile
-  int units, grid;
-  int pitch, stages, shared_bytes;  // bytes of a row in the ring; units in the ring; of a block
+  int steps_of_tile, grid, share, over;
+  int tiles_apart, steps_apart;  // from one step of a warp to its next: WARPS, as tiles and a rest
 };
 
 struct Gemv {
@@ -90,44 +99,23 @@ struct Gemv {
 
 constexpr __host__ __device__ int tile_outputs(bool swiglu) { return swiglu ? ROWS / 2 : ROWS; }
 
-// Half a line beyond a whole number of lines of 128 bytes: the pieces of two rows that eight threads
-// read at once, 64 bytes each, then lie in different banks.
-constexpr int pitch_of(int chunk) { return 2 * chunk | 64; }
-
-constexpr __host__ __device__ int stage_bytes(int slots, bool norm, int pitch) {
-  return (ROWS + norm + slots) * pitch;
+inline Plan make_plan(int outputs, int width, bool swiglu, int processors) {
+  const int tiles = (outputs + tile_outputs(swiglu) - 1) / tile_outputs(swiglu);
+  Plan plan{};
+  plan.steps_of_tile = (width + STEP - 1) / STEP;
+  const int steps = tiles * plan.steps_of_tile, most = BLOCKS * processors;
+  plan.grid = steps < most ? steps : most;
+  plan.share = steps / plan.grid;
+  plan.over = steps % plan.grid;
+  plan.tiles_apart = WARPS / plan.steps_of_tile;
+  plan.steps_apart = WARPS % plan.steps_of_tile;
+  return plan;
 }
 
-// Longer chunks make better copies; shorter ones divide more evenly. The longest that keep all blocks
-// busy 95 % of the time, or else those that come nearest.
-inline Plan make_plan(int outputs, int width, int slots, bool norm, bool swiglu, int processors) {
-  const int64_t tiles = (outputs + tile_outputs(swiglu) - 1) / tile_outputs(swiglu);
-  Plan best{};
-  double best_share = 0;
-  for (int chunks = (width + LONGEST_CHUNK - 1) / LONGEST_CHUNK;; ++chunks) {
-    const int chunk = ((width + chunks - 1) / chunks + STEP - 1) / STEP * STEP;
-    if (best_share >= 0.95 || (best_share > 0 && chunk < SHORTEST_CHUNK)) break;
-    const int used = (width + chunk - 1) / chunk;
-    const int64_t units = tiles * used;
-    const int64_t longest = (units + processors - 1) / processors;
-    const double share = double(tiles) * width / (double(longest) * processors * chunk);
-    if (share > best_share) {
-      best_share = share;
-      best.chunk = chunk, best.chunks = used, best.units = int(units);
-    }
-  }
-  best.grid = best.units < processors ? best.units : processors;
-  best.pitch = pitch_of(best.chunk);
-  const int stage = stage_bytes(slots, norm, best.pitch);
-  const int stages = (SHARED_LIMIT - RING_OFFSET) / stage;
-  best.stages = stages < MAX_STAGES ? stages : MAX_STAGES;
-  best.shared_bytes = RING_OFFSET + best.stages * stage;
-  return best;
-}
-
-// Bytes for `partial` and `arrivals` of as many blocks.
+// The workspace is `arrivals`, then `partial`, of which 16 bytes are read at once.
+inline int64_t arrivals_bytes(int processors) { return (BLOCKS * processors + 3) / 4 * 16; }
 inline int64_t workspace_bytes(int processors) {
-  return int64_t(processors) * (2 * RECORD * sizeof(float) + sizeof(int));
+  return arrivals_bytes(processors) + int64_t(BLOCKS) * processors * 2 * RECORD * sizeof(float);
 }
 
 __device__ __forceinline__ float bf16_to_float(uint16_t value) {
@@ -140,17 +128,15 @@ __device__ __forceinline__ uint16_t float_to_bf16(float value) {  // to the near
   return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-// First unit of a block: the first blocks have one more, until none is left over.
-__device__ __forceinline__ int first_unit(const Plan& plan, int block) {
-  const int share = plan.units / plan.grid, over = plan.units % plan.grid;
-  return block * share + (block < over ? block : over);
+__device__ __forceinline__ int first_step(const Plan& plan, int block) {
+  return block * plan.share + (block < plan.over ? block : plan.over);
 }
 
-// The block that a unit belongs to.
-__device__ __forceinline__ int block_of(const Plan& plan, int unit) {
-  const int share = plan.units / plan.grid, over = plan.units % plan.grid;
-  const int larger = over * (share + 1);
-  return unit < larger ? unit / (share + 1) : over + (unit - larger) / share;
+// The block that a step belongs to.
+__device__ __forceinline__ int block_of(const Plan& plan, int step) {
+  const int larger = plan.over * (plan.share + 1);
+  if (step < larger) return step / (plan.share + 1);
+  return plan.over + (step - larger) / plan.share;
 }
 
 __device__ __forceinline__ int live_tokens(const Gemv& g) {
@@ -159,199 +145,286 @@ __device__ __forceinline__ int live_tokens(const Gemv& g) {
   return live < 0 ? 0 : live < g.slots ? live : g.slots;
 }
 
-// Where a walk along the units stands, and in which stage of the ring that unit lies.
-struct Cursor {
-  int unit, tile, chunk, stage;
-  uint32_t parity;  // of the stage's barriers in this turn of the ring
+// The output that a place of a tile belongs to. With SwiGLU a gate's place is before its up's.
+template <bool SWIGLU>
+__device__ __forceinline__ int output_of(int tile, int place) {
+  return tile * tile_outputs(SWIGLU) + (SWIGLU ? place / 2 : place);
+}
 
-  __device__ __forceinline__ Cursor(const Plan& plan, int start)
-      : unit(start), tile(start / plan.chunks), chunk(start % plan.chunks), stage(0), parity(0) {}
+// Where a place's weights begin. A row that is not there is the last one again: nobody looks at its
+// sums.
+template <bool SWIGLU, class Weight>
+__device__ __forceinline__ const char* weight_row(const Gemv& g, int tile, int place) {
+  const int output = output_of<SWIGLU>(tile, place), last = g.outputs - 1;
+  const int64_t row = (output < last ? output : last) + (SWIGLU && place % 2 ? g.outputs : 0);
+  return static_cast<const char*>(g.weight) + Weight::row_bytes(row * g.weight_stride);
+}
 
-  __device__ __forceinline__ void next(const Plan& plan) {
-    ++unit;
-    if (++chunk == plan.chunks) chunk = 0, ++tile;
-    if (++stage == plan.stages) stage = 0, parity ^= 1;
+// -- streaming ----------------------------------------------------------------------------------
+
+// Where a warp stands among the steps that are dealt to it.
+struct Walk {
+  int tile, step;
+
+  __device__ __forceinline__ Walk(const Plan& plan, int start)
+      : tile(start / plan.steps_of_tile), step(start % plan.steps_of_tile) {}
+
+  // True if that is another tile.
+  __device__ __forceinline__ bool next(const Plan& plan) {
+    const int before = tile;
+    tile += plan.tiles_apart, step += plan.steps_apart;
+    if (step >= plan.steps_of_tile) step -= plan.steps_of_tile, ++tile;
+    return tile != before;
   }
 };
 
-__device__ __forceinline__ int columns_of(const Gemv& g, const Cursor& at) {
-  const int left = g.width - at.chunk * g.plan.chunk;
-  return left < g.plan.chunk ? left : g.plan.chunk;
+// Asks for one step after another. Lane 4 g + q has, of each fragment, columns 8 q ... 8 q + 7 of the
+// rows at places 2 g and 2 g + 1.
+template <bool SWIGLU, class Weight>
+struct Asking {
+  Walk at;
+  int left;  // steps
+  const char* rows[2 * FRAGMENTS];
+
+  __device__ __forceinline__ Asking(const Gemv& g, int warp, int lane, int begin, int end)
+      : at(g.plan, begin + warp), left((end - begin - warp + WARPS - 1) / WARPS) {
+    find_rows(g, lane);
+  }
+
+  __device__ __forceinline__ void find_rows(const Gemv& g, int lane) {
+#pragma unroll
+    for (int i = 0; i < 2 * FRAGMENTS; ++i)
+      rows[i] = weight_row<SWIGLU, Weight>(g, at.tile, i / 2 * 16 + lane / 4 * 2 + i % 2) +
+                Weight::row_bytes(lane % 4 * 8);
+  }
+
+  __device__ __forceinline__ void next(const Gemv& g, int lane, Slot& slot) {
+    if (left > 0) {
+      const int column = at.step * STEP;
+      const bool here = column + lane % 4 * 8 < g.width;
+#pragma unroll
+      for (int i = 0; i < 2 * FRAGMENTS; ++i)
+        copy_once(&slot[i][lane], rows[i] + Weight::row_bytes(column), here);
+      if (at.next(g.plan)) find_rows(g, lane);
+      if (--left <= LEAVE) launch_dependents();
+    }
+    end_of_group();  // one for each step, though it be empty
+  }
+};
+
+// A warp's sums of a tile as they grow, in the layout of `mma`.
+struct Running {
+  float product[FRAGMENTS][4] = {}, squares[4] = {};
+};
+
+// Eight columns of a token, and of the norm.
+struct Tokens {
+  uint4 x, scale;
+};
+
+template <bool NORM>
+__device__ __forceinline__ Tokens load_tokens(const Gemv& g, const Walk& at, int lane, int live) {
+  const int token = lane / 4, column = at.step * STEP + lane % 4 * 8;
+  Tokens loaded{make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+  if (column >= g.width) return loaded;
+  if (token < live) loaded.x = load(g.x + token * g.x_stride + column);
+  if (NORM) loaded.scale = load_constant(g.norm + column);
+  return loaded;
 }
 
-// The copying warp: lanes 0 ... 15 own a row of weights, lane 16 the norm, those after it a token.
-template <bool NORM, bool SWIGLU, class Weight>
-__device__ __forceinline__ void produce(const Gemv& g, Shared& shared, char* ring, int lane,
-                                        int begin, int end) {
-  constexpr int OUTPUTS = tile_outputs(SWIGLU);
-  const int pitch = g.plan.pitch, stride = stage_bytes(g.slots, NORM, pitch);
-  const int token = lane - ROWS - NORM;
-  int live = 0;
-
-  auto constants = [&](const Cursor& at) {
-    const int columns = columns_of(g, at);
-    const int64_t first_column = int64_t(at.chunk) * g.plan.chunk;
-    const int output = at.tile * OUTPUTS + lane % OUTPUTS;
-    const int left = g.outputs - at.tile * OUTPUTS;
-    const int outputs = left < OUTPUTS ? left : OUTPUTS;
-    const uint32_t bytes = uint32_t(Weight::row_bytes(columns));
-    char* to = ring + at.stage * stride + lane * pitch;
-    if (lane == 0)
-      barrier_expect(&shared.full[at.stage], bytes * outputs * (SWIGLU ? 2 : 1) + NORM * 2 * columns);
-    if (lane < ROWS && output < g.outputs) {
-      const int64_t row = int64_t(output) + (SWIGLU && lane >= OUTPUTS ? g.outputs : 0);
-      const char* from = static_cast<const char*>(g.weight) +
-                         Weight::row_bytes(row * g.weight_stride + first_column);
-      copy_bulk_once(to, from, bytes, &shared.full[at.stage]);
-    }
-    if (NORM && lane == ROWS)
-      copy_bulk(to, g.norm + first_column, 2 * columns, &shared.full[at.stage]);
-  };
-  auto tokens = [&](const Cursor& at) {  // ends the announcements of a stage
-    const int columns = columns_of(g, at);
-    if (lane == 0) barrier_arrive_expect(&shared.full[at.stage], live * 2 * columns);
-    if (token >= 0 && token < live)
-      copy_bulk(ring + at.stage * stride + lane * pitch,
-                g.x + token * g.x_stride + int64_t(at.chunk) * g.plan.chunk, 2 * columns,
-                &shared.full[at.stage]);
-  };
-
-  const int ahead = end - begin < g.plan.stages ? end : begin + g.plan.stages;
-  Cursor first(g.plan, begin);
-  for (; first.unit < ahead; first.next(g.plan)) constants(first);
-  launch_dependents();
-  dependency_wait();
-  live = live_tokens(g);
-  for (Cursor at(g.plan, begin); at.unit < ahead; at.next(g.plan)) tokens(at);
-  for (Cursor at = first; at.unit < end; at.next(g.plan)) {
-    barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
-    constants(at);
-    tokens(at);
+// The order of columns is free as long as both operands have the same one.
+template <bool NORM, class Weight>
+__device__ __forceinline__ void use(const Slot& slot, int lane, const Tokens& tokens, Running& sums) {
+  uint4 x = tokens.x;
+  if (NORM) {
+    mma(sums.squares, x.x, 0, x.y, 0, x.x, x.y);
+    mma(sums.squares, x.z, 0, x.w, 0, x.z, x.w);
+    const uint4 scale = tokens.scale;
+    x = make_uint4(multiply_pairs(x.x, scale.x), multiply_pairs(x.y, scale.y),
+                   multiply_pairs(x.z, scale.z), multiply_pairs(x.w, scale.w));
+  }
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f) {
+    const uint4 even = Weight::bf16(slot[2 * f][lane]), odd = Weight::bf16(slot[2 * f + 1][lane]);
+    mma(sums.product[f], even.x, odd.x, even.y, odd.y, x.x, x.y);
+    mma(sums.product[f], even.z, odd.z, even.w, odd.w, x.z, x.w);
   }
 }
 
-// One output from the sums of its tile, wherever these lie: value(i) of a RECORD.
-template <bool NORM, bool SWIGLU, class Value>
-__device__ __forceinline__ void write_output(const Gemv& g, int tile, int live, int thread,
-                                             Value value) {
-  constexpr int OUTPUTS = tile_outputs(SWIGLU);
-  const int token = thread / OUTPUTS, row = thread % OUTPUTS;
-  const int output = tile * OUTPUTS + row;
-  if (token >= live || output >= g.outputs) return;
-  const float scale = NORM ? inverse_root(value(SUMS + token) / g.width + g.eps) : 1.0f;
-  float y = scale * value(token * ROWS + row);
-  if (SWIGLU) y = y / (1.0f + exponential(-y)) * (scale * value(token * ROWS + row + OUTPUTS));
-  if (g.bias != nullptr) y += bf16_to_float(g.bias[output]);
-  if (g.residual != nullptr) y += bf16_to_float(g.residual[token * g.residual_stride + output]);
-  g.out[token * g.out_stride + output] = float_to_bf16(y);
+// A warp's sums as a record, in which four places of a token lie side by side.
+template <bool NORM>
+__device__ __forceinline__ void put(const Running& sums, float* record, int lane) {
+  const int group = lane / 4, quarter = lane % 4;
+#pragma unroll
+  for (int i = 0; i < 4 * FRAGMENTS; ++i) {
+    const int f = i / 4, token = 2 * quarter + i % 2, place = 2 * group + i % 4 / 2;
+    record[(f * MAX_TOKENS + token) * 16 + place] = sums.product[f][i % 4];
+  }
+  if (NORM && group / 2 == quarter)
+    record[SUMS + group] = group % 2 ? sums.squares[1] : sums.squares[0];
 }
 
-// Adds the warps' sums of a tile, or of this block's part of it, and hands them on.
-template <bool NORM, bool SWIGLU>
-__device__ __forceinline__ void finish_tile(const Gemv& g, Shared& shared, const float (*sums)[RECORD],
-                                            int tile, int live, int thread) {
-  group_sync<CONSUMERS>();
-  auto in_block = [&](int i) {
-    float total = sums[0][i];
-    for (int warp = 1; warp < WARPS; ++warp) total += sums[warp][i];
-    return total;
+// A streaming warp: every WARPS-th step of the block's.
+template <bool NORM, bool SWIGLU, class Weight>
+__device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, int lane, int begin,
+                                       int end) {
+  Slot* ring = shared.ring[warp];
+  Asking<SWIGLU, Weight> asking(g, warp, lane, begin, end);
+  for (int i = 0; i < DEPTH; ++i) asking.next(g, lane, ring[i]);
+  __syncthreads();  // the barriers are there
+  dependency_wait();
+  const int live = live_tokens(g);
+
+  Running sums;
+  int tile = begin / g.plan.steps_of_tile, turn = 0;
+  uint32_t parity = 1;   // at first both sets of sums are empty
+  auto hand_over = [&] {  // two sets in turn: one is read while the other is written
+    barrier_wait(&shared.empty[turn], parity);
+    put<NORM>(sums, shared.sums[turn][warp], lane);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.full[turn]);
+    sums = Running{};
+    ++tile;
+    turn ^= 1;
+    parity ^= turn == 0;
   };
-  const int first_of_tile = tile * g.plan.chunks;
+  Walk used(g.plan, begin + warp);
+  for (int at = begin + warp, slot = 0; at < end; at += WARPS) {
+    const Tokens tokens = load_tokens<NORM>(g, used, lane, live);
+    while (tile < used.tile) hand_over();
+    wait_for_groups<DEPTH - 1>();
+    use<NORM, Weight>(ring[slot], lane, tokens, sums);
+    used.next(g.plan);
+    asking.next(g, lane, ring[slot]);
+    if (++slot == DEPTH) slot = 0;
+  }
+  while (tile <= (end - 1) / g.plan.steps_of_tile) hand_over();
+}
+
+// -- finishing ----------------------------------------------------------------------------------
+
+// What a lane has of a tile: four places of token lane / 4 in each fragment.
+struct Total {
+  float4 sums[FRAGMENTS];
+  float squares;
+};
+
+template <bool NORM, class Load>
+__device__ __forceinline__ void add(Total& total, const float* record, int lane, Load load) {
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f) {
+    const float4 part = load(reinterpret_cast<const float4*>(record) + 32 * f + lane);
+    total.sums[f].x += part.x, total.sums[f].y += part.y;
+    total.sums[f].z += part.z, total.sums[f].w += part.w;
+  }
+  if (NORM) total.squares += load(record + SUMS + lane / 4);
+}
+
+template <bool NORM>
+__device__ __forceinline__ void put(const Total& total, float* record, int lane) {
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f) reinterpret_cast<float4*>(record)[32 * f + lane] = total.sums[f];
+  if (NORM && lane % 4 == 0) record[SUMS + lane / 4] = total.squares;
+}
+
+template <bool NORM, bool SWIGLU>
+__device__ __forceinline__ void write(const Gemv& g, const Total& total, int tile, int live,
+                                      int lane) {
+  const int token = lane / 4;
+  if (token >= live) return;
+  const float scale = NORM ? inverse_root(total.squares / g.width + g.eps) : 1.0f;
+  auto put_one = [&](int place, float y) {
+    const int output = output_of<SWIGLU>(tile, place);
+    if (output >= g.outputs) return;
+    if (g.bias != nullptr) y += bf16_to_float(g.bias[output]);
+    if (g.residual != nullptr) y += bf16_to_float(g.residual[token * g.residual_stride + output]);
+    g.out[token * g.out_stride + output] = float_to_bf16(y);
+  };
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f) {
+    const float4 sums = total.sums[f];
+    const float y[4] = {scale * sums.x, scale * sums.y, scale * sums.z, scale * sums.w};
+    const int place = 16 * f + lane % 4 * 4;
+    for (int i = 0; i < 4; i += SWIGLU ? 2 : 1)
+      put_one(place + i, SWIGLU ? y[i] / (1.0f + exponential(-y[i])) * y[i + 1] : y[i]);
+  }
+}
+
+// True for the last block of a tile to arrive, which then has the sums of all in `total`.
+template <bool NORM>
+__device__ __forceinline__ bool last_of_tile(const Gemv& g, Total& total, int tile, int lane) {
+  const int first_of_tile = tile * g.plan.steps_of_tile;
   const int first = block_of(g.plan, first_of_tile);
-  const int last = block_of(g.plan, first_of_tile + g.plan.chunks - 1);
-  if (first == last) return write_output<NORM, SWIGLU>(g, tile, live, thread, in_block);
+  const int last = block_of(g.plan, first_of_tile + g.plan.steps_of_tile - 1);
+  if (first == last) return true;
 
   // A block shares at most two tiles: that in which its stretch begins, and that in which it ends,
   // of which it is the first block.
   auto record = [&](int block) { return g.partial + int64_t(2 * block + (block == first)) * RECORD; };
-  float* mine = record(blockIdx.x);
-  for (int i = thread; i < (NORM ? RECORD : SUMS); i += CONSUMERS) mine[i] = in_block(i);
-  __threadfence();
-  group_sync<CONSUMERS>();
-  if (thread == 0) shared.last_to_arrive = atomicAdd(&g.arrivals[first], 1) == last - first;
-  group_sync<CONSUMERS>();
-  if (!shared.last_to_arrive) return;
-  __threadfence();
-  if (thread == 0) g.arrivals[first] = 0;  // for the next launch
-  write_output<NORM, SWIGLU>(g, tile, live, thread, [&](int i) {
-    float total = load_shared_by_blocks(record(first) + i);
-    for (int block = first + 1; block <= last; ++block)
-      total += load_shared_by_blocks(record(block) + i);
-    return total;
-  });
+  put<NORM>(total, record(blockIdx.x), lane);
+  __syncwarp();
+  const int before = broadcast(lane == 0 ? arrive(&g.arrivals[first]) : 0);
+  __syncwarp();
+  if (before < last - first) return false;
+  if (lane == 0) g.arrivals[first] = 0;  // for the next launch
+  total = Total{};
+  for (int block = first; block <= last; ++block)
+    add<NORM>(total, record(block), lane, [](auto* from) { return load_shared_by_blocks(from); });
+  return true;
 }
 
-// A computing warp: every WARPS-th step of each chunk.
-template <bool NORM, bool SWIGLU, class Weight>
-__device__ __forceinline__ void consume(const Gemv& g, Shared& shared, const char* ring, int thread,
-                                        int begin, int end) {
-  launch_dependents();
-  dependency_wait();
+// The finishing warp: adds the streaming warps' sums of each tile, in their order.
+template <bool NORM, bool SWIGLU>
+__device__ __forceinline__ void finish(const Gemv& g, Shared& shared, int lane, int begin, int end) {
   const int live = live_tokens(g);
-  const int warp = thread / 32, lane = thread % 32;
-  const int group = lane / 4, quarter = lane % 4;  // of the rows; of a step's columns
-  const int pitch = g.plan.pitch, stride = stage_bytes(g.slots, NORM, pitch);
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-  float product[4] = {}, squares[4] = {};
+  const int last_tile = (end - 1) / g.plan.steps_of_tile;
   int turn = 0;
-  for (Cursor at(g.plan, begin); at.unit < end; at.next(g.plan)) {
-    barrier_wait(&shared.full[at.stage], at.parity);
-    const char* stage = ring + at.stage * stride;
-    const int columns = columns_of(g, at);
-#pragma unroll 2
-    for (int step = warp * STEP; step < columns; step += WARPS * STEP) {
-      const int column = step + 8 * quarter;
-      // Beyond the last column lies what a longer unit left, which may be NaN: not read.
-      const bool here = column < columns;
-      const uint4 upper = here ? Weight::load(stage + group * pitch, column) : zero;
-      const uint4 lower = here ? Weight::load(stage + (group + 8) * pitch, column) : zero;
-      const char* row = stage + (ROWS + NORM + group) * pitch;
-      uint4 x = here && group < live ? Bf16Weight::load(row, column) : zero;
-      if (NORM) {
-        mma(squares, x.x, 0, x.y, 0, x.x, x.y);
-        mma(squares, x.z, 0, x.w, 0, x.z, x.w);
-        const uint4 scale = here ? Bf16Weight::load(stage + ROWS * pitch, column) : zero;
-        x = make_uint4(multiply_pairs(x.x, scale.x), multiply_pairs(x.y, scale.y),
-                       multiply_pairs(x.z, scale.z), multiply_pairs(x.w, scale.w));
-      }
-      // The order of columns is free as long as both operands have the same one.
-      mma(product, upper.x, lower.x, upper.y, lower.y, x.x, x.y);
-      mma(product, upper.z, lower.z, upper.w, lower.w, x.z, x.w);
-    }
+  uint32_t parity = 0;
+  for (int tile = begin / g.plan.steps_of_tile; tile <= last_tile; ++tile) {
+    barrier_wait(&shared.full[turn], parity);
+    Total total{};
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp)
+      add<NORM>(total, shared.sums[turn][warp], lane, [](auto* from) { return *from; });
     __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.empty[at.stage]);
-
-    if (at.chunk + 1 < g.plan.chunks && at.unit + 1 < end) continue;
-    // Two sets of sums in turn: one may still be read while the other is written.
-    float* sums = shared.sums[turn][warp];
-    for (int i = 0; i < 4; ++i)
-      sums[(2 * quarter + i % 2) * ROWS + group + i / 2 * 8] = product[i];
-    if (NORM && group / 2 == quarter) sums[SUMS + group] = group % 2 ? squares[1] : squares[0];
-    finish_tile<NORM, SWIGLU>(g, shared, shared.sums[turn], at.tile, live, thread);
-    for (int i = 0; i < 4; ++i) product[i] = squares[i] = 0;
+    if (lane == 0) barrier_arrive(&shared.empty[turn]);
     turn ^= 1;
+    parity ^= turn == 0;
+    if (last_of_tile<NORM>(g, total, tile, lane)) write<NORM, SWIGLU>(g, total, tile, live, lane);
+  }
+}
+
+// Brings to L2 what the block's warps will ask for when they have used what they asked for first.
+template <bool SWIGLU, class Weight>
+__device__ __forceinline__ void bring(const Gemv& g, int lane, int begin, int end) {
+  int at = begin + WARPS * DEPTH;
+  const int stop = at + WARPS * AHEAD < end ? at + WARPS * AHEAD : end;
+  for (int count; at < stop; at += count) {
+    const int tile = at / g.plan.steps_of_tile, step = at % g.plan.steps_of_tile;
+    const int rest = g.plan.steps_of_tile - step;
+    count = stop - at < rest ? stop - at : rest;
+    const int column = step * STEP, left = g.width - column;
+    const int columns = count * STEP < left ? count * STEP : left;
+    if (lane < ROWS && output_of<SWIGLU>(tile, lane) < g.outputs)
+      prefetch(weight_row<SWIGLU, Weight>(g, tile, lane) + Weight::row_bytes(column),
+               uint32_t(Weight::row_bytes(columns)));
   }
 }
 
 template <bool NORM, bool SWIGLU, class Weight = Bf16Weight>
-__global__ void __launch_bounds__(THREADS) gemv_kernel(const __grid_constant__ Gemv g) {
-  char* memory = dynamic_shared();
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  char* ring = memory + RING_OFFSET;
-  const int thread = threadIdx.x;
-  if (thread == 0) {
-    for (int i = 0; i < g.plan.stages; ++i) {
-      barrier_init(&shared.full[i], 1);
-      barrier_init(&shared.empty[i], WARPS);
-    }
-    barriers_ready();
+__global__ void __launch_bounds__(THREADS, 2 * BLOCKS) gemv_kernel(const __grid_constant__ Gemv g) {
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int begin = first_step(g.plan, blockIdx.x), end = first_step(g.plan, blockIdx.x + 1);
+  if (warp < WARPS) return stream<NORM, SWIGLU, Weight>(g, shared, warp, lane, begin, end);
+  if (lane < 2) {
+    barrier_init(&shared.full[lane], WARPS);
+    barrier_init(&shared.empty[lane], 1);
   }
   __syncthreads();
-  const int begin = first_unit(g.plan, blockIdx.x), end = first_unit(g.plan, blockIdx.x + 1);
-  if (thread < CONSUMERS)
-    consume<NORM, SWIGLU, Weight>(g, shared, ring, thread, begin, end);
-  else
-    produce<NORM, SWIGLU, Weight>(g, shared, ring, thread - CONSUMERS, begin, end);
+  bring<SWIGLU, Weight>(g, lane, begin, end);
+  dependency_wait();
+  finish<NORM, SWIGLU>(g, shared, lane, begin, end);
 }
 
 }  // namespace s1fast

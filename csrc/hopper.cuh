@@ -9,9 +9,6 @@
 
 namespace s1fast {
 
-// A barrier in shared memory whose phase ends when all arrivals and all announced bytes are in.
-using Barrier = uint64_t;
-
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(128) char memory[];
   return memory;
@@ -23,34 +20,17 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // -- barriers -----------------------------------------------------------------------------------
 
+// In shared memory; a phase ends when all arrivals are in.
+using Barrier = uint64_t;
+
 __device__ __forceinline__ void barrier_init(Barrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
                : "memory");
 }
 
-// Makes the barriers that this thread has set up known to the copy engine.
-__device__ __forceinline__ void barriers_ready() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
 __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-// Announces bytes without arriving: the phase cannot end before somebody arrives.
-__device__ __forceinline__ void barrier_expect(Barrier* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
                : "memory");
 }
 
@@ -67,48 +47,62 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
       : "memory");
 }
 
-// Among the first `threads` threads of the block, whole warps; the others do not take part.
-template <int threads>
-__device__ __forceinline__ void group_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
+// -- reading memory, 16 bytes a thread ------------------------------------------------------------
+
+// A copy to shared memory, past L1 and registers, of what is read once; zeros if it is not there.
+__device__ __forceinline__ void copy_once(void* to, const void* from, bool here) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(here ? 16 : 0)
+               : "memory");
 }
 
-// -- bulk copies: device to shared memory, past L1, without a register; in units of 16 bytes -----
-
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier* told) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(told))
-      : "memory");
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void end_of_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// The same for what is read once: it is the first to leave L2.
-__device__ __forceinline__ void copy_bulk_once(void* to, const void* from, uint32_t bytes,
-                                               Barrier* told) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(told)), "l"(policy)
-      : "memory");
+// Until this thread's groups are there, except the `most` youngest.
+template <int most>
+__device__ __forceinline__ void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(most) : "memory");
+}
+
+// Through L1, where it stays.
+__device__ __forceinline__ uint4 load(const void* from) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+
+// The same of what nobody writes while this kernel runs.
+__device__ __forceinline__ uint4 load_constant(const void* from) {
+  uint4 value;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+
+// Brings memory to L2; begin and size in units of 16 bytes.
+__device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
 
 // -- the handshake of programmatic dependent launch ----------------------------------------------
 
-// Lets the successor start as soon as every block has come here and there is room for it.
+// Lets the successor start as soon as a thread of every block has come here and there is room for it.
 __device__ __forceinline__ void launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// Until the predecessor has ended and its writes are visible, to bulk copies too.
+// Until the predecessor has ended and its writes are visible.
 __device__ __forceinline__ void dependency_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-// -- arithmetic and memory ----------------------------------------------------------------------
+// -- arithmetic, and memory that blocks share ----------------------------------------------------
 
 // c[16, 8] += a[16, 16] b[16, 8] by a warp; lane 4 g + t holds
 //   a: row g at 2t, 2t + 1; row g + 8 likewise; row g at 2t + 8, 2t + 9; row g + 8 likewise
@@ -135,7 +129,24 @@ __device__ __forceinline__ uint32_t as_bits(float value) { return __float_as_uin
 __device__ __forceinline__ float exponential(float x) { return __expf(x); }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 
+// The counter before one was added. What a block wrote before (the warp, if it has met) is visible
+// to those that arrive after it.
+__device__ __forceinline__ int arrive(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+
+// The first lane's value, to all of its warp.
+__device__ __forceinline__ int broadcast(int value) { return __shfl_sync(~0u, value, 0); }
+
 // From L2, where other blocks write.
-__device__ __forceinline__ float load_shared_by_blocks(const float* from) { return __ldcg(from); }
+template <class T>
+__device__ __forceinline__ T load_shared_by_blocks(const T* from) {
+  return __ldcg(from);
+}
 
 }  // namespace s1fast

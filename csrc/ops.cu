@@ -42,12 +42,9 @@ int processors_of(int device) {
 template <bool NORM, bool SWIGLU>
 void launch(const Gemv& g, cudaStream_t stream) {
   const auto kernel = gemv_kernel<NORM, SWIGLU, Bf16Weight>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             g.plan.shared_bytes),
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
         "shared memory");
-  // All of it, so that the next kernel's block finds room without waiting for a new division.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared),
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, SHARED_PERCENT),
         "division of shared memory");
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -55,7 +52,7 @@ void launch(const Gemv& g, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(g.plan.grid);
   config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = g.plan.shared_bytes;
+  config.dynamicSmemBytes = sizeof(Shared);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
@@ -92,7 +89,8 @@ Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& workspace,
   g.out = static_cast<uint16_t*>(out.data_ptr());
   g.live = live ? static_cast<const int*>(live->data_ptr()) : nullptr;
   g.arrivals = static_cast<int*>(workspace.data_ptr());
-  g.partial = reinterpret_cast<float*>(g.arrivals + processors);
+  g.partial = reinterpret_cast<float*>(static_cast<char*>(workspace.data_ptr()) +
+                                       arrivals_bytes(processors));
   g.weight_stride = weight.stride(0);
   g.x_stride = x.stride(0);
   g.residual_stride = residual ? residual->stride(0) : 0;
@@ -101,7 +99,7 @@ Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& workspace,
   g.slots = slots;
   g.outputs = outputs;
   g.width = width;
-  g.plan = make_plan(outputs, width, slots, norm.has_value(), swiglu, processors);
+  g.plan = make_plan(outputs, width, swiglu, processors);
 
   const auto run = norm ? (swiglu ? launch<true, true> : launch<true, false>)
                         : (swiglu ? launch<false, true> : launch<false, false>);
@@ -125,9 +123,8 @@ __attribute__((visibility("default"))) const char* s1fast_current_stream(int32_t
 }
 
 __attribute__((visibility("default"))) s1fast::Plan s1fast_plan(int32_t outputs, int32_t width,
-                                                                int32_t slots, bool norm,
                                                                 bool swiglu, int32_t processors) {
-  return s1fast::make_plan(outputs, width, slots, norm, swiglu, processors);
+  return s1fast::make_plan(outputs, width, swiglu, processors);
 }
 }
 

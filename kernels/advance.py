@@ -43,7 +43,7 @@ def advance(rows: Rows, slots: Slots, logits_CV: Tensor, vocab_size: int, spare:
     Raises:
         ValueError: shape, dtype, device or stride is not as stated.
     """
-    _check(rows, slots)
+    _check(rows, slots, spare)
     arguments.expect(
         "logits_CV",
         logits_CV,
@@ -77,14 +77,14 @@ def lay_out(rows: Rows, slots: Slots, spare: int) -> None:
     Raises:
         ValueError: shape, dtype or device is not as stated in device_rows.py.
     """
-    _check(rows, slots)
+    _check(rows, slots, spare)
     if rows.state_RF.is_cuda:
         advance_triton.lay_out_(rows, slots, spare, launched=False)
     else:
         lay_out_reference_(rows, slots, spare, launched=False)
 
 
-def _check(rows: Rows, slots: Slots) -> None:
+def _check(rows: Rows, slots: Slots, spare: int) -> None:
     device = rows.state_RF.device
     integers = (torch.int32,)
     lines = len(rows.state_RF)
@@ -100,6 +100,16 @@ def _check(rows: Rows, slots: Slots) -> None:
     expect("draw_B3", slots.draw_B3, ("B", 3), integers, device)
     expect("step", slots.step, (1,), (torch.int64,), device)
     expect("ring_DRW", slots.ring_DRW, ("D", lines, "W"), integers, torch.device("cpu"))
+    expect("near_BK", slots.near_BK, (len(slots.draw_B3), "K"), integers, device)
+    for part in (rows, slots):
+        for name, x in vars(part).items():
+            if not x.is_contiguous():
+                raise ValueError(f"{name} has strides {x.stride()}; pass {name}.contiguous()")
+    for name, x in (("gram_RG", rows.gram_RG), ("near_BK", slots.near_BK)):
+        if x.shape[1].bit_count() != 1:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, whose places are no power of 2")
+    if spare < 0:
+        raise ValueError(f"spare {spare} is less than 0")
 
 
 _DONE = PHASES.index(Phase.DONE)

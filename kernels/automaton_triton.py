@@ -207,3 +207,7 @@ def step(token, program_ptr, ender_ptr, ids_ptr, state_ptr):
     tl.store(state_ptr + _NEWLINES, newlines)
     tl.debug_barrier()
     return plain, low, length
+
+
+COMPILE_CASES: list[tuple[object, ...]] = []
+"""None of its own: a part of advance_triton.py's."""

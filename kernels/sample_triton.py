@@ -341,3 +341,7 @@ def draw(
         _, token = _first_of_highest(high_T, token_T)
         tl.debug_barrier()  # the list has been read
     return token
+
+
+COMPILE_CASES: list[tuple[object, ...]] = []
+"""None of its own: a part of advance_triton.py's."""

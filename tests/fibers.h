@@ -1,12 +1,12 @@
 // Runs a kernel of csrc/ on a CPU: a fiber for each thread of a block, block after block.
 //
 // Defines the names of csrc/hopper.cuh and of CUDA that the kernels use. What it is strict about:
-//   - shared memory and the ring start as NaN; device memory is the caller's (run under sanitizers);
-//   - bulk copies are late (done when nobody can go on without them) or early (done at once), so
-//     that reading too soon and overwriting too soon both show; sizes and addresses must divide by 16;
+//   - shared memory starts as NaN; device memory is the caller's (run under sanitizers);
+//   - copies are late (done when their thread waits for them) or early (done at once), so that reading
+//     too soon and overwriting too soon both show; addresses must divide by 16;
 //   - what a kernel before this one writes is NaN until a block has waited for it;
 //   - warps fall asleep for a while, so that one may be far behind another;
-//   - a barrier that not all reach, or whose bytes do not add up, ends the program with a message.
+//   - a barrier that not all reach, or a copy that nobody waits for, ends the program with a message.
 #pragma once
 
 #include <ucontext.h>
@@ -17,6 +17,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <random>
 #include <vector>
@@ -32,6 +33,9 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+struct float4 {
+  float x, y, z, w;
+};
 
 namespace fibers {
 
@@ -42,18 +46,19 @@ struct Index {
   int x;
 };
 
+struct Copy {  // of 16 bytes, or zeros
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;  // kept from block to block
   bool done = false;
   uint32_t fragment[6];  // what this lane brings to a product of its warp
-};
-
-struct Copy {
-  void* to;
-  const void* from;
-  uint32_t bytes;
-  uint64_t* told;
+  int word;              // what it brings to an exchange
+  std::vector<Copy> copies;              // asked for, their group not ended
+  std::deque<std::vector<Copy>> groups;  // ended, and not done
 };
 
 struct Meeting {  // of `size` threads, again and again
@@ -64,8 +69,7 @@ inline std::vector<Fiber> threads;
 
 struct Block {
   std::vector<Meeting> warps;
-  Meeting everyone, group;
-  std::vector<Copy> copies;  // asked for and not done
+  Meeting everyone;
   std::vector<char> shared;
   bool waited = false;  // for the kernel before
 };
@@ -109,29 +113,16 @@ inline void entry() {
 
 // A barrier's 64 bits.
 struct State {
-  int32_t bytes;  // announced and not there, or there and not announced
-  int16_t missing;
-  uint8_t arrivals, phase;
+  int32_t missing;
+  uint16_t arrivals, phase;
 };
 static_assert(sizeof(State) == 8);
 
-template <class Change>
-void change(uint64_t* barrier, Change apply) {
-  State state;
-  std::memcpy(&state, barrier, sizeof state);
-  apply(state);
-  if (state.missing < 0) fail("more arrivals at a barrier than it was made for");
-  if (state.missing == 0 && state.bytes == 0) {
-    state.missing = state.arrivals;
-    state.phase ^= 1;
-    moved = true;
-  }
-  std::memcpy(barrier, &state, sizeof state);
-}
-
 inline void perform(const Copy& copy) {
-  std::memcpy(copy.to, copy.from, copy.bytes);
-  change(copy.told, [&](State& state) { state.bytes -= int32_t(copy.bytes); });
+  if (copy.from)
+    std::memcpy(copy.to, copy.from, 16);
+  else
+    std::memset(copy.to, 0, 16);
 }
 
 inline void run_block(int index, int num_threads, size_t shared_bytes, std::mt19937& random) {
@@ -167,13 +158,14 @@ inline void run_block(int index, int num_threads, size_t shared_bytes, std::mt19
       swapcontext(&scheduler, &threads[i].context);
       left -= threads[i].done;
     }
-    if (moved || !all_awake) continue;
-    if (here.copies.empty()) fail("nobody can go on: a barrier that some do not reach");
-    const size_t next = random() % here.copies.size();  // any may be the first to come
-    perform(here.copies[next]);
-    here.copies.erase(here.copies.begin() + next);
+    if (!moved && all_awake) fail("nobody can go on: a barrier that some do not reach");
   }
-  if (!here.copies.empty()) fail("the block ended with copies under way");
+  for (Fiber& fiber : threads) {
+    for (const std::vector<Copy>& group : fiber.groups)
+      if (!group.empty()) fail("the block ended with copies under way");
+    if (!fiber.copies.empty()) fail("the block ended with copies that belong to no group");
+    fiber.groups.clear();
+  }
 }
 
 // Blocks run in an order drawn from the seed.
@@ -200,11 +192,6 @@ inline void __syncthreads() {
 inline void __syncwarp() {
   fibers::meet(fibers::block->warps[fibers::current / fibers::WARP], fibers::WARP);
 }
-inline void __threadfence() {}
-inline int atomicAdd(int* to, int value) {
-  *to += value;
-  return *to - value;
-}
 
 namespace s1fast {
 
@@ -216,21 +203,18 @@ inline char* dynamic_shared() {
 }
 
 inline void barrier_init(Barrier* barrier, uint32_t arrivals) {
-  const fibers::State state{0, int16_t(arrivals), uint8_t(arrivals), 0};
+  const fibers::State state{int32_t(arrivals), uint16_t(arrivals), 0};
   std::memcpy(barrier, &state, sizeof state);
 }
-inline void barriers_ready() {}
-inline void barrier_expect(Barrier* barrier, uint32_t bytes) {
-  fibers::change(barrier, [&](fibers::State& state) { state.bytes += int32_t(bytes); });
-}
 inline void barrier_arrive(Barrier* barrier) {
-  fibers::change(barrier, [&](fibers::State& state) { --state.missing; });
-}
-inline void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
-  fibers::change(barrier, [&](fibers::State& state) {
-    state.bytes += int32_t(bytes);
-    --state.missing;
-  });
+  fibers::State state;
+  std::memcpy(&state, barrier, sizeof state);
+  if (--state.missing == 0) {
+    state.missing = state.arrivals;
+    state.phase ^= 1;
+    fibers::moved = true;
+  }
+  std::memcpy(barrier, &state, sizeof state);
 }
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {
   fibers::wait_until([&] {
@@ -239,23 +223,34 @@ inline void barrier_wait(Barrier* barrier, uint32_t parity) {
     return state.phase != parity;
   });
 }
-template <int threads>
-void group_sync() {
-  fibers::meet(fibers::block->group, threads);
-}
 
-inline void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier* told) {
-  for (uintptr_t value : {uintptr_t(to), uintptr_t(from), uintptr_t(bytes)})
-    if (value % 16) fibers::fail("a bulk copy whose ends or size do not divide by 16");
-  if (bytes == 0) fibers::fail("a bulk copy of nothing");
-  const fibers::Copy copy{to, from, bytes, told};
+inline void copy_once(void* to, const void* from, bool here) {
+  if (uintptr_t(to) % 16 || uintptr_t(from) % 16)
+    fibers::fail("a copy whose ends do not divide by 16");
+  const fibers::Copy copy{to, here ? from : nullptr};
   if (fibers::early_copies)
     fibers::perform(copy);
   else
-    fibers::block->copies.push_back(copy);
+    fibers::threads[fibers::current].copies.push_back(copy);
 }
-inline void copy_bulk_once(void* to, const void* from, uint32_t bytes, Barrier* told) {
-  copy_bulk(to, from, bytes, told);
+inline void end_of_group() {
+  fibers::Fiber& fiber = fibers::threads[fibers::current];
+  fiber.groups.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
+}
+template <int most>
+void wait_for_groups() {
+  std::deque<std::vector<fibers::Copy>>& groups = fibers::threads[fibers::current].groups;
+  for (; groups.size() > most; groups.pop_front())
+    for (const fibers::Copy& copy : groups.front()) fibers::perform(copy);
+}
+
+inline uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
+inline uint4 load_constant(const void* from) { return load(from); }
+inline void prefetch(const void* from, uint32_t bytes) {  // a sanitizer sees what is not there
+  if (uintptr_t(from) % 16 || bytes % 16 || bytes == 0) fibers::fail("a prefetch of no whole pieces");
+  volatile uint32_t seen = 0;
+  for (uint32_t i = 0; i < bytes; i += 16) seen = seen + load(static_cast<const char*>(from) + i).w;
 }
 
 inline void launch_dependents() {}
@@ -279,7 +274,18 @@ inline float half_of_pair(uint32_t pair, int index) {
 }
 inline float exponential(float x) { return std::exp(x); }
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
-inline float load_shared_by_blocks(const float* from) { return *from; }
+inline int arrive(int* counter) { return (*counter)++; }
+template <class T>
+T load_shared_by_blocks(const T* from) {
+  return *from;
+}
+inline int broadcast(int value) {
+  fibers::threads[fibers::current].word = value;
+  __syncwarp();
+  const int first = fibers::threads[fibers::current / fibers::WARP * fibers::WARP].word;
+  __syncwarp();
+  return first;
+}
 
 inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   uint32_t product = 0;

@@ -1,8 +1,7 @@
 // Runs csrc/gemv.cuh on a CPU, case after case from stdin, outputs to stdout.
 //
-// A case is 14 int32 (slots, outputs, width, live or the least int, norm, swiglu, bias, residual, processors,
-// seed, early copies, weight stride, x stride, chunk or 0 for the plan's own), a float32 eps, then in
-// bf16 weight, x, norm, bias and residual as far as there are such, and what `out` holds before. The
+// A case is 13 int32 (slots, outputs, width, live or the least int, norm, swiglu, bias, residual,
+// processors, seed, early copies, weight stride, x stride), a float32 eps, then in bf16 weight, x, norm, bias and residual as far as there are such, and what `out` holds before. The
 // answer is `out`, all of its rows.
 #include "gemv.cuh"
 
@@ -33,15 +32,15 @@ struct Array {
 
 template <bool NORM, bool SWIGLU>
 void run(const Gemv& g, uint32_t seed) {
-  fibers::launch(g.plan.grid, THREADS, g.plan.shared_bytes, seed,
+  fibers::launch(g.plan.grid, THREADS, sizeof(Shared), seed,
                  [&] { gemv_kernel<NORM, SWIGLU, Bf16Weight>(g); });
 }
 
 void one_case(int32_t slots) {
-  int32_t v[13];
+  int32_t v[12];
   for (int32_t& value : v) value = read_one<int32_t>();
   const auto [outputs, width, live_tokens, norm, swiglu, bias, residual, processors, seed, early,
-              weight_stride, x_stride, chunk] = v;
+              weight_stride, x_stride] = v;
   const float eps = read_one<float>();
   const int rows = outputs * (swiglu ? 2 : 1);
   const Array weight(size_t(rows - 1) * weight_stride + width);
@@ -50,16 +49,7 @@ void one_case(int32_t slots) {
   const Array residuals(residual ? size_t(slots) * outputs : 0);
   const Array out(size_t(slots) * outputs);
 
-  Plan plan = make_plan(outputs, width, slots, norm, swiglu, processors);
-  if (chunk) {  // another division than the best one
-    const int tile = tile_outputs(swiglu);
-    plan.chunk = chunk, plan.chunks = (width + chunk - 1) / chunk;
-    plan.units = (outputs + tile - 1) / tile * plan.chunks;
-    plan.grid = std::min(plan.units, processors);
-    plan.pitch = pitch_of(chunk);  // and a short ring, which turns often
-    plan.stages = std::min(plan.stages, 3);
-    plan.shared_bytes = RING_OFFSET + plan.stages * stage_bytes(slots, norm, plan.pitch);
-  }
+  const Plan plan = make_plan(outputs, width, swiglu, processors);
   std::vector<float> partial(2 * size_t(plan.grid) * RECORD);
   std::vector<int> arrivals(plan.grid, 0);
 

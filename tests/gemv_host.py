@@ -21,7 +21,7 @@ UNTOUCHED = 7.0
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A launch. outputs: N; width: K; live: tokens there, None for all; processors: blocks at most;
-    chunk: columns of a unit, 0 for the plan's own choice; padding: elements between rows."""
+    early: copies are there at once; padding: elements between rows."""
 
     slots: int
     outputs: int
@@ -35,7 +35,6 @@ class Case:
     seed: int = 0
     early: bool = False
     padding: int = 0
-    chunk: int = 0
 
     @property
     def num_live(self) -> int:
@@ -130,9 +129,9 @@ def encode(case: Case, inputs: Inputs) -> bytes:
     stride = case.width + case.padding
     live = -(2**31) if case.live is None else case.live
     head = struct.pack(
-        "<14if",
+        "<13if",
         *(case.slots, case.outputs, case.width, live, case.norm, case.swiglu, case.bias),
-        *(case.residual, case.processors, case.seed, case.early, stride, stride, case.chunk),
+        *(case.residual, case.processors, case.seed, case.early, stride, stride),
         EPS,
     )
     arrays = [_padded(inputs.weight_NK, stride), _padded(inputs.x_MK, stride)]

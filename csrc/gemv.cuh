@@ -232,17 +232,20 @@ __device__ __forceinline__ Tokens load_tokens(const Gemv& g, const Walk& at, int
   return loaded;
 }
 
+// x as the product takes it.
+template <bool NORM>
+__device__ __forceinline__ uint4 prepare(const Tokens& tokens, Running& sums) {
+  const uint4 x = tokens.x, scale = tokens.scale;
+  if (!NORM) return x;
+  mma(sums.squares, x.x, 0, x.y, 0, x.x, x.y);
+  mma(sums.squares, x.z, 0, x.w, 0, x.z, x.w);
+  return make_uint4(multiply_pairs(x.x, scale.x), multiply_pairs(x.y, scale.y),
+                    multiply_pairs(x.z, scale.z), multiply_pairs(x.w, scale.w));
+}
+
 // The order of columns is free as long as both operands have the same one.
-template <bool NORM, class Weight>
-__device__ __forceinline__ void use(const Slot& slot, int lane, const Tokens& tokens, Running& sums) {
-  uint4 x = tokens.x;
-  if (NORM) {
-    mma(sums.squares, x.x, 0, x.y, 0, x.x, x.y);
-    mma(sums.squares, x.z, 0, x.w, 0, x.z, x.w);
-    const uint4 scale = tokens.scale;
-    x = make_uint4(multiply_pairs(x.x, scale.x), multiply_pairs(x.y, scale.y),
-                   multiply_pairs(x.z, scale.z), multiply_pairs(x.w, scale.w));
-  }
+template <class Weight>
+__device__ __forceinline__ void multiply(const Slot& slot, int lane, const uint4& x, Running& sums) {
 #pragma unroll
   for (int f = 0; f < FRAGMENTS; ++f) {
     const uint4 even = Weight::bf16(slot[2 * f][lane]), odd = Weight::bf16(slot[2 * f + 1][lane]);
@@ -277,7 +280,7 @@ __device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, 
 
   Running sums;
   int tile = begin / g.plan.steps_of_tile, turn = 0;
-  uint32_t parity = 1;   // at first both sets of sums are empty
+  uint32_t parity = 1;    // at first both sets of sums are empty
   auto hand_over = [&] {  // two sets in turn: one is read while the other is written
     barrier_wait(&shared.empty[turn], parity);
     put<NORM>(sums, shared.sums[turn][warp], lane);
@@ -289,12 +292,14 @@ __device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, 
     parity ^= turn == 0;
   };
   Walk used(g.plan, begin + warp);
+  Tokens tokens = load_tokens<NORM>(g, used, lane, live);
   for (int at = begin + warp, slot = 0; at < end; at += WARPS) {
-    const Tokens tokens = load_tokens<NORM>(g, used, lane, live);
     while (tile < used.tile) hand_over();
-    wait_for_groups<DEPTH - 1>();
-    use<NORM, Weight>(ring[slot], lane, tokens, sums);
+    const uint4 x = prepare<NORM>(tokens, sums);
     used.next(g.plan);
+    tokens = load_tokens<NORM>(g, used, lane, live);  // the next step's, on the way meanwhile
+    wait_for_groups<DEPTH - 1>();
+    multiply<Weight>(ring[slot], lane, x, sums);
     asking.next(g, lane, ring[slot]);
     if (++slot == DEPTH) slot = 0;
   }

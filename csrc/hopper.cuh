@@ -1,6 +1,7 @@
-// What an H100 has beyond C++: asynchronous copies, barriers that count bytes, tensor cores, and the
-// handshake between a kernel and its successor. One function an instruction, so that a kernel reads
-// as plain C++; the tests run the same kernels on a CPU with these names defined otherwise.
+// What an H100 has beyond C++: asynchronous copies, barriers to arrive at without waiting, tensor
+// cores, and the handshake between a kernel and its successor. One function an instruction, so that a
+// kernel reads as plain C++; the tests run the same kernels on a CPU with these names defined
+// otherwise.
 #pragma once
 
 #include <cstdint>
@@ -92,7 +93,8 @@ __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
 
 // -- the handshake of programmatic dependent launch ----------------------------------------------
 
-// Lets the successor start as soon as a thread of every block has come here and there is room for it.
+// Lets the successor start as soon as a thread of every block has come here (or the block has ended)
+// and there is room for it.
 __device__ __forceinline__ void launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }

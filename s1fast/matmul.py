@@ -32,7 +32,7 @@ MAX_TOKENS = 8
 """Of csrc's kernel, one tile of tensor cores; with more, cuBLAS has products of its usual kind."""
 CAPABILITY = (9, 0)
 ALIGNMENT = 16
-"""Bytes in which a bulk copy counts."""
+"""Bytes in which csrc copies."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def gemv(
 
     Args:
         x_MK: bf16, 1 to 8 rows.
-        weight_NK: bf16. With swiglu gate rows, then as many up rows. Like norm_K it is asked for
-            before the kernel queued ahead of this one has ended: nothing there may write to it.
+        weight_NK: bf16. With swiglu gate rows, then as many up rows. It is asked for before the
+            kernel queued ahead of this one has ended: nothing there may write to it, or to norm_K.
         workspace: of `new_workspace`; back to zero afterwards.
         norm_K: scale of an RMSNorm of x with `eps`, or None for none. Where rms_norm rounds x after
             normalising it and again after scaling, this rounds x * norm only.

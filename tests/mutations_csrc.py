@@ -19,24 +19,52 @@ def _build(name: str, old: str, new: str) -> Mutation:
 
 MUTATIONS = (
     _gemv(
-        "tokens before the wait", "  dependency_wait();\n  live = live_tokens(g);", "  live = 1;"
+        "tokens before the wait",
+        "  dependency_wait();\n  const int live = live_tokens(g);\n\n",
+        "  const int live = g.slots;\n",
+    ),
+    _gemv("weights before they are there", "wait_for_groups<DEPTH - 1>", "wait_for_groups<DEPTH>"),
+    _gemv(
+        "a place that is still to be read", "lane, ring[slot]);", "lane, ring[DEPTH - 1 - slot]);"
+    ),
+    _gemv("rubbish behind a row", "lane % 4 * 8 < g.width;", "lane % 4 * 8 < g.width + STEP;"),
+    _gemv("tokens behind a row", "if (column >= g.width) return loaded;", "", "test_ragged_shapes"),
+    _gemv(
+        "a warp's next step",
+        "if (step >= plan.steps_of_tile) step",
+        "if (step > plan.steps_of_tile) step",
+    ),
+    _gemv("steps left over", "(block < plan.over ? block : plan.over)", "plan.over"),
+    _gemv(
+        "prefetch behind a row",
+        "count * STEP < left ? count * STEP : left",
+        "count * STEP",
+        "test_ragged_shapes",
+    ),
+    _gemv("rows behind the last", "output < last ? output : last", "output", "test_ragged_shapes"),
+    _gemv(
+        "sums of one warp",
+        "barrier_init(&shared.full[lane], WARPS)",
+        "barrier_init(&shared.full[lane], 1)",
     ),
     _gemv(
-        "a stage filled too early", "at.parity ^ 1);", "at.parity);", "test_rings_that_turn_often"
+        "sums overwritten while read",
+        "    barrier_wait(&shared.empty[turn], parity);\n",
+        "",
+        "test_long_stretches",
     ),
-    _gemv("a stage emptied too early", "WARPS);\n    }", "1);\n    }"),
-    _gemv("rubbish behind a row", "here = column < columns;", "here = true;", "test_ragged_shapes"),
+    _gemv("sums of two tiles", "    sums = Running{};\n", ""),
     _gemv("one block's share left out", "block <= last; ++block)", "block < last; ++block)"),
-    _gemv("arrivals left over", "if (thread == 0) g.arrivals[first] = 0;", ""),
+    _gemv("arrivals left over", "if (lane == 0) g.arrivals[first] = 0;", ""),
     _gemv("two shares in one place", "2 * block + (block == first)", "2 * block"),
+    _gemv("a tile summed too early", "before < last - first", "before < 1"),
     _gemv(
-        "a tile summed too early",
-        "atomicAdd(&g.arrivals[first], 1) == last - first",
-        "atomicAdd(&g.arrivals[first], 1) == 1",
+        "squares of another token",
+        "group % 2 ? sums.squares[1] : sums.squares[0]",
+        "sums.squares[0]",
     ),
-    _gemv("squares of another token", "group % 2 ? squares[1] : squares[0]", "squares[0]"),
-    _gemv("mean of a chunk", "value(SUMS + token) / g.width", "value(SUMS + token) / g.plan.chunk"),
-    _gemv("gate for up", "lane >= OUTPUTS ? g.outputs : 0", "lane >= OUTPUTS ? 0 : 0"),
+    _gemv("mean of a step", "total.squares / g.width", "total.squares / STEP"),
+    _gemv("gate for up", "place % 2 ? g.outputs : 0", "place % 2 ? 0 : 0"),
     _gemv(
         "more tokens than slots",
         "live < g.slots ? live : g.slots",
@@ -45,14 +73,12 @@ MUTATIONS = (
     ),
     _gemv(
         "rows that are not live",
-        "if (token >= live ||",
-        "if (",
+        "if (token >= live) return;",
+        "",
         "test_live_tokens_are_counted_on_the_device",
     ),
-    _gemv("sums overwritten while read", "    turn ^= 1;\n", "", "test_rings_that_turn_often"),
     _gemv("rounding down", "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16", "bits >> 16"),
-    _gemv("too much memory", "233472 / 2 - 1024", "233472", "test_plans_of_real_shapes"),
-    _gemv("units of unequal work", "best_share >= 0.95 ||", "true ||", "test_plans_of_real_shapes"),
+    _gemv("no room for two", "int DEPTH = 4;", "int DEPTH = 8;", "test_plans_of_real_shapes"),
     _build("no lock", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     _build("built by others meanwhile", "if not library.exists():", "if True:"),
     _build("versions not in the key", 'f"{versions}\\n{FLAGS}\\n".encode()', 'b""'),

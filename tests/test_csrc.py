@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 import gemv_host
-from gemv_host import UNTOUCHED, Case, Inputs, exact, make_inputs
+from gemv_host import UNTOUCHED, Case, Inputs, constant, exact, make_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "tests" / "csrc_budgets.json"
-SHARED_BYTES = 233_472
-"""Of an H100's multiprocessor; each block takes 1,024 of them beside its own."""
 
 FORMS = [
     {"norm": norm, "swiglu": swiglu, "residual": residual, "bias": bias}
@@ -110,7 +108,7 @@ def test_live_tokens_are_counted_on_the_device(form: dict[str, bool], run: Run) 
 
 
 def test_ragged_shapes(run: Run) -> None:
-    """N around a tile, K around a load, a step and a step of every warp; rows apart, NaN between."""
+    """N around a tile, K around a load, a step, a step of each warp; rows apart, NaN between."""
     sizes = [(n, k) for n in (1, 16, 17, 32, 65) for k in (8, 24, 40, 256, 264, 1032)]
     run(
         [
@@ -147,7 +145,12 @@ def test_tiles_shared_by_blocks(form: dict[str, bool], run: Run) -> None:
 def test_long_stretches(run: Run) -> None:
     """Many more steps of a warp than its ring has places; and many tiles, one warp well ahead of
     another, each with columns for some of the warps only."""
-    run([Case(slots=8, outputs=64, width=2048, processors=1, early=e, norm=e) for e in (False, True)])
+    run(
+        [
+            Case(slots=8, outputs=64, width=2048, processors=1, early=e, norm=e)
+            for e in (False, True)
+        ]
+    )
     run([Case(slots=8, outputs=640, width=96, processors=1, seed=s, early=s == 0) for s in (0, 1)])
 
 
@@ -276,32 +279,32 @@ def shapes() -> Iterator[tuple[str, int, int, bool, bool]]:
 
 
 def test_plans_of_real_shapes(csrc_library: Path) -> None:
-    """All columns of all rows, every block as busy as the next: what a rank of any model multiplies.
+    """All columns of all rows, every block as busy as the next, for a rank of any model.
 
-    Busy: the mean block's share of the real weights over the longest one's stretch. What is lost is
-    the last tile's rows that are not there, the last step's columns, and a step of 2 KB a block; below
-    8 MB, where a launch's own microseconds count more, more is admitted.
+    Busy: the mean block's share of the real weights over the longest one's stretch. What is lost
+    are the last tile's rows that are not there, the last step's columns, and a step of 2 KB a
+    block; below 8 MB, where a launch's own microseconds count more, more is admitted.
     """
     plan_of = ctypes.CDLL(str(csrc_library)).s1fast_plan
     plan_of.restype = Plan
-    processors = 132
+    processors, warps = 132, constant("WARPS")
+    tile, most = 16 * constant("FRAGMENTS"), 132 * constant("BLOCKS")
     for name, outputs, width, _, swiglu in shapes():
         plan = plan_of(outputs, width, swiglu, processors)
         rows = outputs * (2 if swiglu else 1)
         assert plan.steps_of_tile == -(-width // 32), name
-        steps = -(-rows // 32) * plan.steps_of_tile
-        assert plan.grid == min(steps, processors), name
+        steps = -(-rows // tile) * plan.steps_of_tile
+        assert plan.grid == min(steps, most), name
         assert plan.grid * plan.share + plan.over == steps and plan.over < plan.grid, name
-        assert plan.tiles_apart * plan.steps_of_tile + plan.steps_apart == 8, name
+        assert plan.tiles_apart * plan.steps_of_tile + plan.steps_apart == warps, name
         assert 0 <= plan.steps_apart < plan.steps_of_tile, name
-        busy = rows * width / (-(-steps // plan.grid) * 32 * 32 * processors)
+        busy = rows * width / (-(-steps // plan.grid) * tile * 32 * most)
         assert busy >= (0.95 if rows * width >= 4 << 20 else 0.75), (name, busy)
 
 
-def test_room_for_two_kernels(csrc_library: Path) -> None:
-    """Blocks of one kernel and of the next fit on a multiprocessor together: registers, which are
-    dealt to each of its four parts by the warp, and shared memory."""
-    budgets = json.loads(BUDGETS.read_text())
-    warps = -(-2 * 9 // 4)
-    for name, budget in budgets.items():
+def test_room_for_two_kernels() -> None:
+    """Blocks of one kernel and of the next lie on a multiprocessor together: their registers do,
+    which each of its quarters deals to a quarter of the warps. (Shared memory: a static_assert.)"""
+    warps = -(-2 * constant("BLOCKS") * (constant("WARPS") + 1) // 4)
+    for name, budget in json.loads(BUDGETS.read_text()).items():
         assert warps * 32 * budget["registers"] <= 65_536 // 4, name

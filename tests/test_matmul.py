@@ -144,7 +144,8 @@ def test_operation_loads_without_cuda(csrc_library: Path) -> None:
     torch.library.opcheck(torch.ops.s1fast.gemv, (x_MK, weight_NK, WORKSPACE, *optional, False))
     meta = (x_MK.to("meta"), weight_NK.to("meta"), WORKSPACE.to("meta"))
     assert torch.ops.s1fast.gemv(*meta, *optional, True).shape == (3, 24)
-    assert library.s1fast_workspace_bytes(132) == 132 * (2 * 264 * 4 + 4)
+    blocks, rows = 132 * gemv_host.constant("BLOCKS"), 16 * gemv_host.constant("FRAGMENTS")
+    assert library.s1fast_workspace_bytes(132) == blocks * (2 * (8 * rows + 8) * 4 + 4)
     if torch.version.cuda is None:
         stream = ctypes.c_void_p()
         fault = library.s1fast_current_stream(0, ctypes.byref(stream))

@@ -85,13 +85,9 @@ class PlainLoop:
             q, k, v = qkv.split(heads, 1)
             self.k[i].index_copy_(2, self.position, _turned(k, cos, sin)[:, :, None])
             self.v[i].index_copy_(2, self.position, v[:, :, None])
-            out = F.scaled_dot_product_attention(
-                _turned(q, cos, sin)[:, :, None],
-                self.k[i],
-                self.v[i],
-                attn_mask=seen_X,
-                enable_gqa=True,
-            )
+            # The heads of a group as rows of queries: else torch repeats keys and values.
+            q_BNGK = _turned(q, cos, sin).unflatten(1, (c.num_key_value_heads, -1))
+            out = F.scaled_dot_product_attention(q_BNGK, self.k[i], self.v[i], attn_mask=seen_X)
             hidden_BD = hidden_BD + F.linear(out.flatten(1), layer.o_weight)
             x_BD = F.rms_norm(hidden_BD, layer.post_norm.shape, layer.post_norm, c.rms_norm_eps)
             gate, up = F.linear(x_BD, layer.gate_up_weight).chunk(2, 1)

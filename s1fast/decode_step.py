@@ -5,7 +5,7 @@ before: forward, draw, automaton, next layout. Nothing in it depends on a value 
 have to read, so that it can be captured once and replayed. A chunk is many tokens of few rows, run
 from the host, and draws nothing.
 
-Launches of a step: 2 + 7 L + 2, by torch's products 2 + 10 L + 3. Floor of a step: its weights are
+Launches of a step: 4 + 6 L, by torch's products 5 + 9 L. Floor of a step: its weights are
 read once, 2 bytes each in bf16, and the keys and values of its rows: 22 ms and 2.7 us a position
 for Qwen2.5-32B at 3.0 TB/s. Measured on an H100: not yet.
 """

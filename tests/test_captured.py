@@ -267,6 +267,22 @@ def test_a_request_that_fails(writer: Ascii, monkeypatch: pytest.MonkeyPatch) ->
     eventually_idle(engine)
 
 
+def test_warm_up(writer: Ascii) -> None:
+    """The steps that it launches are counted here as there; it is refused while rows run."""
+    engine = ahead(writer, max_batch=3)
+    engine.warm_up()
+    assert list(looped(engine)._device.graphs._graphs) == [1, 2, 4]
+    prompts, params = prompts_of(writer.chat, 9, 30, 12), sampled()
+    wanted = writer.engine.generate(prompts, params)
+    for a, b in zip(wanted, engine.generate(prompts, params), strict=True):
+        assert check_equal(writer, a, b, params)
+    handle = engine.submit(Request(prompt=prompts[0], params=sampled(max_tokens=900)))
+    next(iter(handle))
+    with pytest.raises(InputError, match="warm_up: requests are running"):
+        engine.warm_up()
+    handle.cancel()
+
+
 def test_soak(restless: Ascii) -> None:
     soak(restless, 150, seed=1, loop="device", **ON)
 

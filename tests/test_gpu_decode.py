@@ -33,6 +33,7 @@ from test_captured import (  # noqa: F401  (collected here)
     test_soak,
     test_speculation,
     test_trees,
+    test_warm_up,
     writer,
 )
 from writers import Ascii, check_equal, prompts_of, sampled

@@ -71,10 +71,11 @@ def decode_attention(
 
     Args:
         q_CHK: queries of C slots, bf16 or fp32 (fp64 on CPU), unit stride along K, H a multiple of
-            N. On CUDA K is at most 256.
+            N. On CUDA K is at most 128 and H / N at most 32.
         k_PSNK, v_PSNK: one layer's pages, in q's dtype, unit stride along K.
-        table_RP: int32 page table, unit stride along P.
-        line_C, position_C: int32, contiguous; line -1 is an idle slot.
+        table_RP: int32 page table, unit stride along P; it covers every position.
+        line_C, position_C: int32, contiguous; line -1 is an idle slot. Slots of a row may lie
+            anywhere, those next to each other share loads.
         workspace: of decode_workspace, for so many slots and heads.
         batch_invariant: a slot's bits depend on its own row up to its own position and on nothing
             else, neither on C nor on the other slots. Slots of one row then share no loads.
@@ -148,8 +149,12 @@ def _check(q_CHK: Tensor, k_PSNK: Tensor, v_PSNK: Tensor, name: str) -> None:
             f"{heads} query heads over pages of shape {tuple(k_PSNK.shape)}: expected a multiple "
             "of the kv heads, and no size of 0"
         )
-    if q_CHK.is_cuda and width > kernels.MAX_WIDTH:
-        raise ValueError(f"{name} has heads {width} wide, at most {kernels.MAX_WIDTH} on CUDA")
+    group = heads // k_PSNK.shape[2]
+    if q_CHK.is_cuda and (width > kernels.MAX_WIDTH or group > kernels.MAX_GROUP):
+        raise ValueError(
+            f"{name} has heads {width} wide, {group} to a kv head; on CUDA at most "
+            f"{kernels.MAX_WIDTH} wide and {kernels.MAX_GROUP} to a kv head"
+        )
     for label, x in ((name, q_CHK), ("k_PSNK", k_PSNK), ("v_PSNK", v_PSNK)):
         expect_unit_stride(label, x)
 

@@ -1,12 +1,12 @@
 """The Triton kernel of decode attention: a step's rows in splits.
 
-The work of a step is cut on the device. The positions of all rows are added up and
-cut into splits of nearly the same length, such that they fill a fixed number of programs evenly: so
-one long row, many short ones and any mixture keep the whole device busy, and idle slots cost
-nothing, while the grid is always the same. A split is one kv head over some positions of one row.
-Its tile has at least 16 query rows, as tensor cores want it: the query heads of a group and, where
-there is room, those of further slots of the same row, which so share what is read. Which slots
-share is settled by their place alone: those of one line in the same QUERIES places.
+The work of a step is cut on the device. The positions of all rows are added up and cut into splits
+of nearly the same length, so many that they fill a fixed number of programs evenly: one long row,
+many short ones and any mixture keep the whole device busy, and idle slots cost nothing, while the
+grid is always the same. A split is one kv head over some positions of one row. Its tile has at
+least 16 query rows, as tensor cores want it: the query heads of a group and, where there is room,
+those of further slots of the same row, which so share what is read. Which slots share is settled by
+their place alone: those of one line within the same QUERIES places.
 
 Programs that finish a split leave their result, normalised, with its log-sum-exp to base 2. The
 last one to arrive, told by a counter, adds those of the row up in their order: so every run gives
@@ -30,7 +30,8 @@ JOINED = constant(8)
 """Partial results that are on their way when a row's are added up."""
 LOG2_E = 1.4426950408889634
 
-MAX_WIDTH = 256
+MAX_WIDTH, MAX_GROUP = 128, 32
+"""Of a head, and heads that share keys: more would not fit in a multiprocessor's memory."""
 
 PROGRAMS = 264
 """Of a decoding launch: two on each multiprocessor of an H100. Also on other devices, so that these

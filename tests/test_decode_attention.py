@@ -128,6 +128,17 @@ def formula(q_HK: Tensor, k_HXK: Tensor, v_HXK: Tensor) -> Tensor:
     return torch.einsum("hx,hxk->hk", p_HX, v_HXK)
 
 
+def check(found: Tensor, exact: Tensor, eager: Tensor, what: str) -> None:
+    """Twice torch's error. In fp32 2^-20 more, of values of about 1: scores to base 2, of a few
+    units, are rounded once more than torch's, and a GPU's exp2 is two units of the last place off.
+    """
+    if found.dtype == BF16:
+        check_against_eager(found, exact, eager, what)
+        return
+    error, allowed = ((x.double() - exact).abs().max().item() for x in (found, eager))
+    assert error <= 2 * allowed + 2**-20, f"{what}: {error:.3g}, torch's is {allowed:.3g}"
+
+
 def attend(
     q_CHK: Tensor,
     k_PSNK: Tensor,
@@ -181,7 +192,7 @@ def test_steps(device: str, dtype: torch.dtype, slots: Slots, invariant: bool) -
     q_CHK = random(len(slots), h, width, dtype=dtype, device=device)
     out_CHK = attend(q_CHK, *row, slots, invariant)
     assert out_CHK.is_contiguous()
-    check_against_eager(out_CHK, *expected(q_CHK, *row, slots), "out")
+    check(out_CHK, *expected(q_CHK, *row, slots), "out")
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -195,7 +206,7 @@ def test_heads(device: str, dtype: torch.dtype, heads: tuple[int, int, int]) -> 
     slots = STEPS["string"]
     q_CHK = random(len(slots), h + 1, width + 3, dtype=dtype, device=device)[:, 1:, :width]
     row = k_PSNK, v_PSNK, table_RP
-    check_against_eager(attend(q_CHK, *row, slots), *expected(q_CHK, *row, slots), "out")
+    check(attend(q_CHK, *row, slots), *expected(q_CHK, *row, slots), "out")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -221,7 +232,7 @@ def test_order_of_slots_is_free(device: str) -> None:
     order = torch.randperm(len(slots), generator=torch.Generator().manual_seed(0)).tolist()
     exact_CHK, eager_CHK = expected(q_CHK, *row, slots)
     moved_CHK = attend(q_CHK[order], *row, [slots[i] for i in order])
-    check_against_eager(moved_CHK, exact_CHK[order], eager_CHK[order], "out")
+    check(moved_CHK, exact_CHK[order], eager_CHK[order], "out")
 
 
 def test_large_scores_and_a_row_of_nan(device: str) -> None:
@@ -231,12 +242,12 @@ def test_large_scores_and_a_row_of_nan(device: str) -> None:
     q_CHK = random(len(slots), 5, 64, dtype=FP32, device=device) * 1000
     row = k_PSNK, v_PSNK, table_RP
     exact_CHK, eager_CHK = expected(q_CHK, *row, slots)
-    check_against_eager(attend(q_CHK, *row, slots), exact_CHK, eager_CHK, "out")
+    check(attend(q_CHK, *row, slots), exact_CHK, eager_CHK, "out")
     k_PSNK[table_RP[6, 4], 0] = NAN
     out_CHK = attend_once(q_CHK, *row, slots)
     assert out_CHK[6].isnan().all()
     others = [0, 1, 2, 3, 4, 5, 7]
-    check_against_eager(out_CHK[others], exact_CHK[others], eager_CHK[others], "others")
+    check(out_CHK[others], exact_CHK[others], eager_CHK[others], "others")
 
 
 # -- how a step is cut -------------------------------------------------------------------------
@@ -256,7 +267,7 @@ def parts_written(
     kernels.decode(q_CHK, *row, *step(slots, device), out_CHK, partial, lse2, counter, invariant)
     assert lse2[need:].isnan().all() and partial[need * 16 :].isnan().all()
     assert not counter.any()
-    check_against_eager(out_CHK, *expected(q_CHK, *row, slots), "out")
+    check(out_CHK, *expected(q_CHK, *row, slots), "out")
     return int((~lse2.isnan()).sum())
 
 
@@ -279,7 +290,9 @@ def test_a_row_fills_all_programs_whatever_else_is_idle(kernel_device: str) -> N
 
     assert parts([(0, last)]) == PROGRAMS
     assert parts([(0, last)] + [IDLE] * 7) == PROGRAMS
-    assert parts([(0, last - 2), (0, last - 1), (0, last)] + [IDLE] * 5) == PROGRAMS * 3
+    string = [(0, last - i) for i in (2, 1, 0)]
+    assert parts(string + [IDLE] * 5) == PROGRAMS * 3
+    assert parts([IDLE, *string[1:]]) == PROGRAMS * 2
     rows = [(line, last) for line in range(4)]
     assert 4 * 2 <= parts(rows) <= 4 * 3
     assert parts([(0, TILE - 1), (1, TILE - 1)]) == 0
@@ -322,7 +335,7 @@ def test_prefill(device: str, dtype: torch.dtype, start: int, count: int) -> Non
         out_THK = prefill_attention(q_THK, *row, table_RP[1], start)
         assert out_THK.is_contiguous()
         slots = [(1, start + i) for i in range(count)]
-        check_against_eager(out_THK, *expected(q_THK, *row, table_RP, slots), "out")
+        check(out_THK, *expected(q_THK, *row, table_RP, slots), "out")
 
 
 # -- sizes -------------------------------------------------------------------------------------

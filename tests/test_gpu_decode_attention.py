@@ -254,3 +254,10 @@ def test_nothing_waits() -> None:
         append_qkv(qkv_CQ, None, *tables, rows.k, rows.v, 40)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_heads_that_do_not_fit_are_named() -> None:
+    for heads, width in (((4, 2), 256), ((33, 1), 64)):
+        rows = Rows([5], heads, width)
+        with pytest.raises(ValueError, match="at most 128 wide and 32 to a kv head"):
+            prefill_attention(rows.queries(1), rows.k, rows.v, rows.table[0], 4)

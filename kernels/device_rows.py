@@ -110,7 +110,8 @@ def signed(word: int) -> int:
 
 def gram_place(gram_N3: Tensor, places: int) -> Tensor:
     """Places of GRAM ids (int64) each in an index of 2^n places."""
-    word_N = (gram_N3 * gram_N3.new_tensor(MIXERS)).sum(-1) & 0xFFFFFFFF
+    terms = [id_N * mixer for id_N, mixer in zip(gram_N3.unbind(-1), MIXERS, strict=True)]
+    word_N = sum(terms[1:], terms[0]) & 0xFFFFFFFF
     return (word_N ^ (word_N >> 15)) & (places - 1)
 
 

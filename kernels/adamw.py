@@ -20,8 +20,8 @@ and the norm 8.2 GB, 2.7 ms. Measured on an H100: not yet. State: 12 bytes a par
 A shard is cut into chunks of 32,768 elements, a program each; a table on the device, made once,
 says which. Gradients are new tensors at every step: their addresses follow in one copy from fresh
 pinned memory, which the allocator takes back only after the copy has read it. A chunk's whole tiles
-move by vectors of 16 bytes, if all four of its arrays begin on such a boundary; the ragged end, and
-chunks of arrays that begin elsewhere, move element by element.
+move by vectors of 4 elements, if all four of its arrays begin on such a boundary; the ragged end,
+and chunks of arrays that begin elsewhere, move element by element.
 
 The norm has no atomics: a chunk's squares are added in fp32, 16 in a row in each of 2,048 lanes and
 then as a tree, the chunks' sums in fp64 in one order. So a norm repeats bit for bit, and its
@@ -46,7 +46,7 @@ CHUNK = 32768
 """Elements of a program."""
 PIECE = 1 << 17
 """Elements that the reference takes at a time."""
-_BLOCK, _WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bf16, twice 16 of fp32
+_BLOCK, _WARPS = 2048, 16  # 4 elements a thread: 8 bytes of bf16, 16 of fp32
 _TOTAL = {"BLOCK": 4096}, {"num_warps": 16}  # constants and options of the last reduction
 
 

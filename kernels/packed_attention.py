@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s1fast.kernels import packed_attention_backward as gradients
 from s1fast.kernels import packed_attention_triton as kernels
 from s1fast.kernels.jit import INTERPRETED, triton
 
@@ -242,7 +243,7 @@ def _(
 @torch.library.custom_op("s1fast::packed_attention_delta", mutates_args=())
 def delta(dout_THK: Tensor, out_THK: Tensor) -> Tensor:
     """delta_HT = sum_k dout * out, in fp32: what backward needs of the output."""
-    return kernels.delta(_aligned(dout_THK), out_THK)
+    return gradients.delta(_aligned(dout_THK), out_THK)
 
 
 @delta.register_fake
@@ -265,7 +266,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_THK, dk_TNK, dv_TNK)."""
     saved = (q_THK, k_TNK, v_TNK, delta_HT, lse2_HT)
-    return kernels.backward(_aligned(dout_THK), *saved, tuple(cu_seqlens.tolist()), causal, scale)
+    return gradients.backward(_aligned(dout_THK), *saved, tuple(cu_seqlens.tolist()), causal, scale)
 
 
 @backward.register_fake
@@ -303,8 +304,8 @@ def _backward(ctx, dout_THK, _):
         return (None,) * 6
     q_THK, k_TNK, v_TNK, out_THK, lse2_HT, cu_seqlens = ctx.saved_tensors
     saved = (q_THK, k_TNK, v_TNK, delta(dout_THK, out_THK), lse2_HT, cu_seqlens)
-    gradients = backward(dout_THK, *saved, ctx.causal, ctx.scale)
-    return *gradients, None, None, None
+    found = backward(dout_THK, *saved, ctx.causal, ctx.scale)
+    return *found, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

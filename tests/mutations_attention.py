@@ -7,12 +7,15 @@ from dataclasses import replace
 from mutation import Mutation
 
 ATTENTION = "tests/test_packed_attention.py"
+BACKWARD = ("dquery", "dkey", "delta", "group's first head", "tail of d")
+"""How names of mutations begin that lie in the backward's file."""
 
 
 def _attention(name: str, old: str, new: str, *tests: str) -> Mutation:
     """In the kernels and their launches; `tests` are the functions that it takes, if not all."""
     chosen = tuple(f"{ATTENTION}::{test}" for test in tests) or (ATTENTION,)
-    file = "kernels/packed_attention_triton.py"
+    backward = name.startswith(BACKWARD)
+    file = f"kernels/packed_attention_{'backward' if backward else 'triton'}.py"
     return Mutation(f"attention: {name}", file, old, new, chosen)
 
 
@@ -40,9 +43,7 @@ MUTATIONS = (
         "seen_MN = tl.arange(0, N)[None, :] < ",
     ),
     _attention("sum without rescale", "sum_M = sum_M * fade_M +", "sum_M = sum_M +"),
-    _attention(
-        "output without rescale", "acc_MK = acc_MK * fade_M[:, None]", "acc_MK = acc_MK + 0.0"
-    ),
+    _attention("output without rescale", "acc_MK * fade_M[:, None])", "acc_MK)"),
     _attention(
         "maximum of this tile alone",
         "tl.maximum(high_M, tl.max(score_MN, 1))",
@@ -73,11 +74,16 @@ MUTATIONS = (
         "tl.store(lse2_ptr + row_M, lse2_M, mask=row_M < length + 1)",
     ),
     _attention(
-        "forward stops early",
-        "stop = tl.minimum(row + M, length) if CAUSAL else length\n    for column in tl.range("
-        "0, stop, N, num_stages=STAGES, warp",
-        "stop = tl.minimum(row + M // 2, length) if CAUSAL else length\n    for column in tl.range("
-        "0, stop, N, num_stages=STAGES, warp",
+        "queries stop early",
+        "tl.minimum(row + M, length) if CAUSAL else length",
+        "tl.minimum(row + M // 2, length) if CAUSAL else length",
+    ),
+    _attention("diagonal without a mask", "(row if CAUSAL", "(row + M if CAUSAL"),
+    _attention(
+        "full: last keys without a mask", "else length) // N * N", "else length + N) // N * N"
+    ),
+    _attention(
+        "keys left out before the mask", "tl.range(whole, stop, N", "tl.range(whole + N, stop, N"
     ),
     _attention(
         "forward's value head",
@@ -153,16 +159,12 @@ MUTATIONS = (
         "offset_M = start + row_M",
     ),
     _attention(
-        "dquery stops early",
-        "stop = tl.minimum(row + M, length) if CAUSAL else length\n    for column in tl.range("
-        "0, stop, N, num_stages=STAGES):",
-        "stop = tl.minimum(row + M // 2, length) if CAUSAL else length\n    for column in tl.range("
-        "0, stop, N, num_stages=STAGES):",
+        "dquery: diagonal left out", "tl.range(whole, stop, N", "tl.range(whole + N, stop, N"
     ),
     _attention(
         "dquery: tiles of key rows",
-        "table = tiles(bounds, tile[0], causal, q_THK.device)\n    _launch(\n        _attention_dq",
-        "table = tiles(bounds, tile[1], causal, q_THK.device)\n    _launch(\n        _attention_dq",
+        "table = tiles(bounds, tile[0], causal, q_THK.device)\n    launch(\n        _attention_dq",
+        "table = tiles(bounds, tile[1], causal, q_THK.device)\n    launch(\n        _attention_dq",
     ),
     _attention("dkey: no delta", "v_NK, dout_MK.T) - delta_M[None, :])", "v_NK, dout_MK.T))"),
     _attention("dkey: no scale", "(dk_NK * scale).to", "dk_NK.to"),

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s1fast.kernels import packed_attention as attention
+from s1fast.kernels import packed_attention_backward as backward_kernels
 from s1fast.kernels import packed_attention_triton as kernels
 from s1fast.kernels.packed_attention import packed_attention
 from s1fast.model import Model, ModelConfig
@@ -28,7 +29,8 @@ from tolerances import check_against_eager
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 ours_only = [pytest.mark.gpu] if ON_GPU else []
-SHIPPED = {name: dict(getattr(kernels, name)) for name in ("FORWARD", "DQUERY", "DKEY")}
+MODULE = {"FORWARD": kernels, "DQUERY": backward_kernels, "DKEY": backward_kernels}
+SHIPPED = {name: dict(getattr(module, name)) for name, module in MODULE.items()}
 
 # Two sets of small tiles, (query rows, key rows): wide ones and high ones in every kernel, so that
 # short sequences take several and a tile's first partner lies before it and after it.
@@ -45,7 +47,7 @@ def set_tiles(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return
     for kernel, (rows, columns) in SMALL[name].items():
         tile = (rows, columns, 4, 2)
-        monkeypatch.setattr(kernels, kernel, dict.fromkeys(SHIPPED[kernel], tile))
+        monkeypatch.setattr(MODULE[kernel], kernel, dict.fromkeys(SHIPPED[kernel], tile))
 
 
 @pytest.fixture(params=[pytest.param(DEVICE, marks=ours_only)])
@@ -208,7 +210,7 @@ def test_shipped_tiles(
 ) -> None:
     """The configurations that are launched on a GPU, on lengths around a tile's."""
     for name, configuration in SHIPPED.items():
-        monkeypatch.setattr(kernels, name, configuration)
+        monkeypatch.setattr(MODULE[name], name, configuration)
     check(Problem((127, 128, 129, 64, 1), 3, (2, 1), width, device, causal=causal))
 
 
@@ -221,7 +223,7 @@ def test_shipped_tiles_on_longer_sequences(
     monkeypatch: pytest.MonkeyPatch, device: str, heads: tuple[int, int], width: int, causal: bool
 ) -> None:
     for name, configuration in SHIPPED.items():
-        monkeypatch.setattr(kernels, name, configuration)
+        monkeypatch.setattr(MODULE[name], name, configuration)
     check(Problem((700, 0, 255, 513, 2), 130, heads, width, device, causal=causal))
 
 

@@ -77,7 +77,8 @@ MUTATIONS = (
     _decode(
         "splits too short",
         "tl.maximum(tl.cdiv(split_C, TILE) * TILE, SHORT)",
-        "tl.maximum(tl.cdiv(split_C, TILE) * TILE, TILE // 2)",
+        "tl.cdiv(split_C, TILE) * TILE + 0 * SHORT",
+        _FILLED,
     ),
     _decode(
         "one split too few",
@@ -98,7 +99,7 @@ MUTATIONS = (
     _decode("row of the table", "line.to(tl.int64) * table_stride", "line.to(tl.int64) * 0"),
     _decode("idle slots", "if tl.load(line_ptr + slot) < 0", "if tl.load(line_ptr + slot) < -1"),
     # -- the sum of the splits
-    _decode("joined by the first", "if arrived == splits - 1", "if arrived == 0"),
+    _decode("joined before the last", 'sem="acq_rel")', 'sem="acq_rel") + 1'),
     _decode("counter not reset", "head, 0)\n", "head, 1)\n"),
     _decode("another head's results", "first * KV_HEADS + head", "first * KV_HEADS"),
     _decode("a split left out", "tl.range(0, splits, num", "tl.range(1, splits, num"),

@@ -277,10 +277,12 @@ def kernel_device(small: None) -> str:
     return "cuda" if ON_GPU else "cpu"
 
 
-def test_a_row_fills_all_programs_whatever_else_is_idle(kernel_device: str) -> None:
+def test_a_row_fills_all_programs_whatever_else_is_idle(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Six programs: six splits of one row, however many slots there are; three slots of it share.
 
-    Rows that are many get at most three splits each; short ones none.
+    Rows that are many get at most three splits each, and no split is shorter than the shortest.
     """
     lengths = (PROGRAMS * TILE,) * 4
     last = lengths[0] - 1
@@ -297,6 +299,8 @@ def test_a_row_fills_all_programs_whatever_else_is_idle(kernel_device: str) -> N
     assert 4 * 2 <= parts(rows) <= 4 * 3
     assert parts([(0, TILE - 1), (1, TILE - 1)]) == 0
     assert parts([(0, TILE), rows[1], IDLE], True) == 2 + PROGRAMS
+    monkeypatch.setattr(kernels, "SHORTEST", 3 * TILE)
+    assert parts([(0, last)]) == PROGRAMS / 3
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -415,6 +419,14 @@ BAD: dict[str, tuple[str, Callable[[], object]]] = {
     "slots": (
         "workspace: too small for 3 slots",
         bad(workspace=decode_workspace(2, 4, 2, 8, torch.device("cpu"))),
+    ),
+    "partial results": (
+        "workspace: too small for 3 slots",
+        bad(workspace=replace(SPACE, partial=SPACE.partial[:-1])),
+    ),
+    "log-sum-exps": (
+        "workspace: too small for 3 slots",
+        bad(workspace=replace(SPACE, lse2=SPACE.lse2[:-1])),
     ),
     "counters": (
         "workspace: too small for 3 slots",

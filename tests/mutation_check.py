@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mutations_adamw
+import mutations_advance
 import mutations_attention
 import mutations_csrc
 import mutations_loss
@@ -37,6 +38,7 @@ MUTATIONS = (
     *mutations_attention.MUTATIONS,
     *mutations_memory_bound.MUTATIONS,
     *mutations_adamw.MUTATIONS,
+    *mutations_advance.MUTATIONS,
     *mutations_csrc.MUTATIONS,
 )
 

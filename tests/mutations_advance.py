@@ -5,17 +5,17 @@ from __future__ import annotations
 from mutation import Mutation
 
 _ROWS, _SAMPLER = "tests/test_device_rows.py", "tests/test_sample_triton.py"
+_STEPS = "tests/test_automaton_triton.py"
 _KERNELS = f"{_ROWS}::test_kernels_draw_as_the_reference"
-_LONG = f"{_ROWS}::test_long_texts_and_lists"
 
 
 def _draw(name: str, old: str, new: str) -> Mutation:
     return Mutation(f"draw: {name}", "kernels/sample_triton.py", old, new, (_SAMPLER,))
 
 
-def _automaton(name: str, old: str, new: str, *tests: str) -> Mutation:
+def _automaton(name: str, old: str, new: str) -> Mutation:
     file = "kernels/automaton_triton.py"
-    return Mutation(f"automaton on the device: {name}", file, old, new, tests or (_KERNELS,))
+    return Mutation(f"automaton on the device: {name}", file, old, new, (_STEPS,))
 
 
 def _advance(name: str, old: str, new: str, *tests: str) -> Mutation:
@@ -46,13 +46,13 @@ MUTATIONS = (
     _automaton("newlines forgotten", "newlines >> cut", "newlines"),
     _automaton("an ignore text is not cut", "tl.minimum(count, left)", "count"),
     _automaton("the harness cuts nothing", "tl.where(harness, beyond, 0)", "beyond * 0"),
-    _automaton("stops of the first lanes", "found += tl.sum", "found = tl.sum", _LONG),
-    _automaton("a long text's first lanes", "range(0, count, _MANY)", "range(0, 1, _MANY)", _LONG),
+    _automaton("stops of the first lanes", "found += tl.sum", "found = tl.sum"),
+    _automaton("a long text's first lanes", "range(0, count, _MANY)", "range(0, 1, _MANY)"),
     _advance("a wrong draft is kept", "going = plain & (draft == token)", "going = plain"),
     _advance("cached never shrinks", "tl.minimum(cached, low)", "cached"),
     _advance("an end is never indexed", "tl.maximum(first, _GRAM)", "tl.maximum(first + 1, _GRAM)"),
-    _advance("a found gram is not verified", "other=-1) == third_R", "other=-1) != -2"),
-    _advance("the longest first", "(rest_R[None, :] < rest_R", "(rest_R[None, :] > rest_R"),
+    _advance("a found gram is not verified", "other=-1) == third_R", "other=-1) != -2", _ROWS),
+    _advance("the longest first", "(rest_R[None, :] < rest_R", "(rest_R[None, :] > rest_R", _ROWS),
     _advance("a slot too many", "tl.minimum(spare, slots", "tl.minimum(spare + 1, slots"),
     _advance("drafts from the start", "stop_C + position_C - length_C", "stop_C"),
     _advance("the bucket is not kept", "axis=0) <= bucket", "axis=0) <= slots", _ROWS),

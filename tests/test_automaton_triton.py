@@ -149,17 +149,20 @@ class Script:
 
 
 def test_lists_longer_than_the_lanes() -> None:
-    """Stop ids and edges on both sides of 32, failure nodes, and a text of 300 ids."""
+    """Stop ids and edges on both sides of 32, failure nodes, a text of 300 ids, a
+    delimiter that began in the prompt."""
     stops = THINKS.stop_ids | set(range(20, 60))
     answers = replace(THINKS, think=False, stop_ids=frozenset(stops), ends=())
     ends = tuple((token,) for token in range(5, 60))
     plain = replace(THINKS, ends=ends, natural_ids=(7,) * 300, max_tokens=400, stop_ids=stops)
     nested = replace(THINKS, ends=((30, 31, 32), (31, 33)), min_thinking=3)
+    begun = replace(THINKS, ends=((30, 31, 32),), thought=2, half_end=(30, 31))
     scripts: list[tuple[Program, tuple[int, ...]]] = [
         (answers, (4, 4, 21)),
         (answers, (4, 59)),
         (replace(plain, stop_ids=frozenset()), (3, 5)),
         (replace(plain, max_tokens=200), (3, 58)),
+        (begun, (32, 40)),
         (nested, (40, 30, 31, 33, 41, 2)),
         (nested, (40, 40, 40, 30, 31, 33, 41, 2)),
         (nested, (40, 41, 30, 31, 30, 31, 32)),

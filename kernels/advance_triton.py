@@ -174,6 +174,7 @@ def _lay_out_kernel(
     cached_R = tl.load(state_ptr_R + _CACHED, mask=inside_R, other=0)
     if launched != 0:
         cached_R += tl.load(state_ptr_R + _FED, mask=inside_R, other=0)
+        tl.debug_barrier()  # several threads hold a line, one of them stores it
         tl.store(state_ptr_R + _CACHED, cached_R, mask=inside_R)
         tl.store(step_ptr, tl.load(step_ptr) + 1)
     going_R = tl.load(state_ptr_R + _ACTIVE, mask=inside_R, other=0) != 0

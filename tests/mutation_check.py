@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mutations_adamw
+import mutations_advance
 import mutations_attention
 import mutations_csrc
 import mutations_decode
@@ -39,6 +40,7 @@ MUTATIONS = (
     *mutations_memory_bound.MUTATIONS,
     *mutations_adamw.MUTATIONS,
     *mutations_decode.MUTATIONS,
+    *mutations_advance.MUTATIONS,
     *mutations_csrc.MUTATIONS,
 )
 

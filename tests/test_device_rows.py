@@ -382,6 +382,36 @@ def test_a_bucket_serves_its_first_rows_and_fills_no_more(kernels: bool) -> None
     played.check_layout()
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
+def test_spare_slots_go_to_the_shortest_first(kernels: bool) -> None:
+    """So that a row draws: of 5, 2 and 2 more ids and 3 spare slots the second gets 2."""
+    played = Played(3, 6, 3, torch.float32, kernels, 128)
+    rows = [row for row in map(Sample, range(20)) if not row.done][:3]
+    for line, (row, pending) in enumerate(zip(rows, (6, 3, 3), strict=True)):
+        row.ids = list(range(30, 36)) + row.ids
+        row.cached = len(row.ids) - pending
+        played.arm(line, row)
+    played.lay_out()
+    assert played.slots.line_C.tolist() == [0, 1, 1, 1, 2, 2]
+    assert played.slots.draw_B3.tolist() == [[1, 3, 1], [-1, 0, 0], [-1, 0, 0]]
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
+@pytest.mark.parametrize("wrong", [5, 6, 8, 24])
+def test_what_an_index_holds_is_verified(kernels: bool, wrong: int) -> None:
+    """Another gram's end in the same place, one that agrees in two ids, and one beyond the row."""
+    played = Played(1, 8, 7, torch.float32, kernels, 128)
+    row = Sample(1)
+    row.ids = [9, 8, 30, 31, 33, 34, 31, 32] + [30, 35, 32] + [40] * 9 + [30, 31, 32]
+    row.cached, row.drafts = len(row.ids) - 1, 5
+    played.arm(0, row)
+    place = gram_place(torch.tensor(row.ids[-GRAM:]), played.rows.gram_RG.shape[1])
+    for stop in (wrong, 11):
+        played.rows.gram_RG[0, place] = stop
+        played.lay_out()
+        assert played.slots.draw_B3.tolist() == [[0, 0, 1]]
+
+
 def test_a_ring_entry_bounds_the_drafts() -> None:
     """However many drafts a row may have."""
     for kernels in (False, True):

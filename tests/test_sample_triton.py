@@ -13,7 +13,7 @@ from torch import Tensor
 from s1fast.automaton import Automaton, Program
 from s1fast.kernels import advance_triton
 from s1fast.kernels.device_rows import Rows, Slots, line_of_state
-from s1fast.kernels.sample import sample
+from s1fast.kernels.sample import distance, gumbel, sample, weight
 from test_sample import PLAIN, chi_square_p
 
 CPU = torch.device("cpu")
@@ -104,6 +104,32 @@ def test_a_wide_range_of_logits_draws_as_the_reference() -> None:
     logits_BV[0] *= 1e5
     logits_BV[2] = -7.25
     check(logits_BV, keys, 80, 32)
+
+
+def test_a_long_tail_is_drawn() -> None:
+    """4,000 ids 8 nats down win more than half of the draws, by noise alone."""
+    keys: list[Key] = [{**PLAIN, "seed": 11, "sample": i} for i in range(6)]
+    logits_BV = torch.full((6, 4000), -8.0)
+    logits_BV[:, 1234] = 0.0
+    check(logits_BV, keys, 4000, 4096)
+    assert drawn(logits_BV, keys, 9, 4000, 4096).tolist().count(1234) < 5
+
+
+def test_ids_too_far_to_be_drawn_still_weigh() -> None:
+    """200 ids 20 nats down have 400 units of 2^30; by a share that only they raise above the
+    likeliest's own the second stays, 10 nats down. At one position in 22,000 it is drawn."""
+    logits_V = torch.full((202,), -20.0)
+    logits_V[:2] = torch.tensor([0.0, -10.0])
+    own, second, far = weight(distance(logits_V))[:3].tolist()
+    share = own / (own + second + 100 * far)
+    key: Key = {**PLAIN, "seed": 2, "sample": 0, "top_p": share}
+    place = torch.arange(3, 100_000)
+    noise = [gumbel(2, 0, place, torch.full_like(place, token)) for token in (0, 1)]
+    position = int(place[noise[1] - noise[0] > 10.1][0])
+    for top_k, token in ((202, 1), (0, 1), (201, 1), (2, 0)):  # equals stay together
+        key = {**key, "top_k": top_k}
+        assert int(sample(logits_V, **key, position=position)) == token
+        assert drawn(logits_V[None], [key], position, 202, 64).tolist() == [token]
 
 
 def test_draws_follow_softmax() -> None:

@@ -104,8 +104,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curves": {"errors", "files", "scaling"},
     "results": {"answers", "curves", "errors", "files", "grading", "recipes", "scaling", "tasks"},
     "evaluate": {"answers", "errors", "files", "metrics", "recipes", "results", "tasks"},
+    "protocol": {"budget", "chat", "errors", "request"},
+    "refusals": {"chat", "errors", "protocol"},
+    "replies": {"budget", "protocol", "request"},
+    "gate": {"refusals", "replies"},
+    "server_metrics": {"decoder", "request"},
+    "service": {"decoder", "errors", "gate", "handle", "protocol", "refusals", "replies", "request"}
+    | {"server_metrics", "tree"},
+    "server": {"decoder", "errors", "files", "gate", "protocol", "refusals", "request", "service"},
     "cli": {"__init__", "bench", "budget", "config", "console", "curves", "decoder", "demo"}
-    | {"build", "errors", "evaluate", "plan", "recipes", "trainer"},
+    | {"build", "errors", "evaluate", "plan", "recipes", "server", "trainer"},
     "__main__": {"cli"},
 }
 

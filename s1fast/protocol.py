@@ -365,7 +365,7 @@ def _budget(asked: Asked, chat: Chat, limit: int, defaults: Defaults) -> Budget:
     if least is None:  # a default does not stand in the way of what was asked
         maxima = [longest] if asked.budgets is None else asked.budgets
         counts = [b for b in maxima if isinstance(b, int) and b >= 0]
-        least = min([defaults.min_thinking_tokens, limit, *counts])
+        least = min([defaults.min_thinking_tokens, max(0, limit), *counts])
     ignores = asked.num_ignore
     if ignores is None and asked.num_ignores is None:
         ignores = defaults.num_ignore

@@ -66,8 +66,11 @@ def refused_fields(errors: Sequence[Any], asked: type[Asked]) -> Refused:
         return Refused(400, "the body must be a JSON object, sent as application/json")
     path = _path(first["loc"][1:])
     if first["type"] == "extra_forbidden":
+        *place, name = first["loc"][1:]
+        name = str(name)[:100]
+        path = f"{_path(place)}.{name}" if place else name
         names = [*asked.model_fields, *ChatMessage.model_fields]
-        nearest = difflib.get_close_matches(path.split(".")[-1], names, 1, 0.7)
+        nearest = difflib.get_close_matches(name, names, 1, 0.7)
         hint = f"; is {nearest[0]} meant?" if nearest else "; leave it out"
         if path in NEUTRAL:
             hint = "; leave it out"
@@ -83,12 +86,12 @@ _INNER |= set(NEUTRAL_IN_MESSAGE)
 
 def _path(loc: Sequence[Any]) -> str:
     """A place as messages[0].content; pydantic's names for a union's branches are left out."""
-    path, nested = str(loc[0])[:100], loc[0] in ("messages", "stream_options")
-    for number, part in enumerate(loc[1:], 2):
+    path = str(loc[0])[:100]
+    for part in loc[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part in _INNER or (nested and number == len(loc) and isinstance(loc[-2], int)):
-            path += f".{str(part)[:100]}"
+        elif part in _INNER:
+            path += f".{part}"
     return path
 
 

@@ -204,6 +204,8 @@ def _keys(config: ServeConfig) -> list[str]:
 
 
 def _bind(config: ServeConfig) -> socket.socket:
+    where = f"--host {config.host} --port {config.port}"
+    bound = None
     try:
         family, *_, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -211,11 +213,11 @@ def _bind(config: ServeConfig) -> socket.socket:
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        return bound
     except OSError as error:
-        raise InputError(
-            f"--host {config.host} --port {config.port}: {error.strerror}; choose another"
-        ) from None
-    return bound
+        if bound is not None:
+            bound.close()
+        raise InputError(f"{where}: {error.strerror}; choose another") from None
 
 
 def _log_to_stderr() -> None:

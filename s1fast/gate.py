@@ -41,13 +41,14 @@ def log(what: str, **fields: Any) -> None:
 
 
 class JsonLines(logging.Formatter):
-    """Our records, which are dicts, and uvicorn's, which are texts, as JSON."""
+    """Our records, which are dicts, and the libraries' as JSON; of theirs the first line alone, for
+    what follows may quote."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = record.msg
-        fields = (
-            said if isinstance(said, dict) else {"event": "uvicorn", "text": record.getMessage()}
-        )
+        fields = record.msg
+        if not isinstance(fields, dict):
+            said = record.getMessage().partition("\n")[0]
+            fields = {"event": "library", "logger": record.name, "text": said}
         now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         return json.dumps({"time": f"{now}.{int(record.msecs):03d}Z", **fields})
 

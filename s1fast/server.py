@@ -159,37 +159,34 @@ def serve(model: str, config: ServeConfig) -> None:
             f"--host {config.host}: whoever reaches it could use the model; set S1FAST_API_KEY or "
             "--api-key-file, or listen on 127.0.0.1"
         )
-    bound = _bind(config)
-    _log_to_stderr()
-    engine = Engine(
-        model,
-        device=config.device,
-        dtype=config.dtype,
-        markers=config.markers,
-        max_batch=config.max_batch,
-        step_tokens=max(512, config.max_batch),
-        cache_tokens=config.cache_tokens,
-        speculate=config.speculate,
-    )
-    _warm(engine)
-    name = config.served_model_name or Path(model).name
-    app = make_app(engine, name, config, keys)
-    server = _Uvicorn(
-        uvicorn.Config(
-            app,
+    with bind(config.host, config.port) as bound:
+        engine = Engine(
+            model,
+            device=config.device,
+            dtype=config.dtype,
+            markers=config.markers,
+            max_batch=config.max_batch,
+            step_tokens=max(512, config.max_batch),
+            cache_tokens=config.cache_tokens,
+            speculate=config.speculate,
+        )
+        _warm(engine)
+        name = config.served_model_name or Path(model).name
+        settings = uvicorn.Config(
+            make_app(engine, name, config, keys),
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=config.drain_s,
         )
-    )
-    # uvicorn drains on SIGTERM, then raises it once more: that it was told to end is no failure.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        server.run(sockets=[bound])
-    finally:
-        log("ended")
-        engine.close()
+        _log_to_stderr()
+        # uvicorn drains on SIGTERM, then raises it anew: that it was told to end is no failure.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            _Uvicorn(settings).run(sockets=[bound])
+        finally:
+            log("ended")
+            engine.close()
 
 
 def _keys(config: ServeConfig) -> list[str]:
@@ -203,30 +200,32 @@ def _keys(config: ServeConfig) -> list[str]:
     return [key.strip() for key in keys if key.strip()]
 
 
-def _bind(config: ServeConfig) -> socket.socket:
-    where = f"--host {config.host} --port {config.port}"
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that is told its protocol: asyncio sends small chunks at once on no other.
+
+    Raises:
+        InputError: an address that is not this machine's, or taken.
+    """
     bound = None
     try:
-        family, *_, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         return bound
     except OSError as error:
         if bound is not None:
             bound.close()
-        raise InputError(f"{where}: {error.strerror}; choose another") from None
+        raise InputError(f"--host {host} --port {port}: {error.strerror}; choose another") from None
 
 
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for each in (logger, logging.getLogger("uvicorn.error")):
+    for name, level in ((logger.name, "INFO"), ("uvicorn.error", "WARNING"), ("asyncio", "ERROR")):
+        each = logging.getLogger(name)
         each.handlers, each.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        each.setLevel(level)
 
 
 def _warm(engine: Engine) -> None:

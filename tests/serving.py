@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 
 from s1fast.decoder import Engine
-from s1fast.server import make_app
+from s1fast.server import bind, make_app
 from s1fast.service import ServeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,8 +109,7 @@ class InProcess(Client):
     def __init__(self, engine: Engine, keys: Sequence[str] = (), **config: Any) -> None:
         self.engine = engine
         app = make_app(engine, "tiny", ServeConfig(**config), list(keys))
-        bound = socket.socket()
-        bound.bind(("127.0.0.1", 0))
+        bound = bind("127.0.0.1", 0)
         super().__init__(bound.getsockname()[1], keys[0] if keys else "")
         self.server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)

@@ -97,7 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"rows"},
     "bench": {"balance", "bench", "chat", "config", "decoder", "errors", "files", "kernels"}
     | {"matmul", "metrics", "model", "packing", "parallel", "plan", "planner", "published", "rates"}
-    | {"step"},
+    | {"request", "step"},
     "tasks": {"errors", "files", "hub", "rows"},
     "scaling": set(),
     "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "request", "tasks"},

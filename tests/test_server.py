@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import logging
+import socket
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ from s1fast.decoder import Engine, SamplingParams
 from s1fast.errors import InputError
 from s1fast.gate import JsonLines, is_loopback, logger
 from s1fast.loop import Loop
-from s1fast.server import ServeConfig, serve
+from s1fast.server import ServeConfig, bind, serve
 from serving import Client, InProcess, in_process, wait_until
 from writers import Ascii
 
@@ -501,8 +504,6 @@ def test_limits_of_body_and_queue(endless: InProcess) -> None:
 
 def test_a_body_that_does_not_come(served: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("s1fast.gate.READ_S", 0.2)
-    import socket
-
     slow = socket.create_connection(("127.0.0.1", served.port), timeout=10)
     slow.sendall(
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{".encode()
@@ -623,6 +624,21 @@ def test_many_at_once(served: InProcess) -> None:
     equal = [a == b for a, b in zip(alone * 6, found, strict=True)]
     assert sum(equal) >= 0.8 * len(equal), "more than ties can explain"
     assert not [t for t in threading.enumerate() if t.name == "s1fast" and not t.is_alive()]
+
+
+def test_small_chunks_are_sent_at_once(served: InProcess) -> None:
+    """Where they wait for the client's acknowledgement, an answer takes 40 ms."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port)
+    taken = []
+    for _ in range(21):
+        began = time.perf_counter()
+        connection.request("GET", "/v1/models")
+        connection.getresponse().read()
+        taken.append(time.perf_counter() - began)
+    connection.close()
+    assert statistics.median(taken) < 0.03
+    with bind("127.0.0.1", 0) as bound:
+        assert bound.proto == socket.IPPROTO_TCP
 
 
 def test_the_schema_is_told(served: Client) -> None:

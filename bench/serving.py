@@ -138,7 +138,8 @@ def main() -> None:
     found = measure(asked.model, streams, asked.tokens, asked.rounds)
     for count, row in found.items():
         print(f"{count:>4} streams" + "".join(f"  {name} {x:.2f}" for name, x in row.items()))
-    print(save("serving", {"model": asked.model, "tokens": asked.tokens, "streams": found}))
+    name = Path(asked.model).name
+    print(save("serving", {"model": name, "tokens": asked.tokens, "streams": found}))
 
 
 if __name__ == "__main__":

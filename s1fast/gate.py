@@ -16,7 +16,7 @@ import logging
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -31,6 +31,9 @@ OPEN_PATHS = ("/", "/page.css", "/page.js", "/health", "/metrics")
 
 READ_S = 30.0
 """Longest time that a body may take to arrive."""
+
+CLIENT_LEFT = 499
+"""Status of a request whose client left, for the log and the metrics; nobody reads it."""
 
 logger = logging.getLogger("s1fast.server")
 
@@ -191,13 +194,16 @@ class EventStream(Response):
 
     Args:
         events: closed in every case, at once, whatever it is waiting for.
+        ended: told of the status that it came to, 499 where the client left.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], timeout_s: float, headers: Mapping[str, str]):
-        self._events, self._timeout_s = events, timeout_s
-        super().__init__(None, headers={"cache-control": "no-store", **headers})
+    def __init__(
+        self, events: AsyncGenerator[bytes], timeout_s: float, ended: Callable[[int], None]
+    ) -> None:
+        self._events, self._timeout_s, self._ended = events, timeout_s, ended
+        super().__init__(None, headers={"cache-control": "no-store"})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -210,6 +216,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         tasks = [asyncio.create_task(pump()), asyncio.create_task(gone(receive))]
+        done: set[asyncio.Task[None]] = set(tasks)
         try:
             done, _ = await asyncio.wait(
                 tasks, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -219,6 +226,7 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.wait(tasks)
             await self._events.aclose()
+            self._ended(CLIENT_LEFT if done else 504)
         if not done:
             message = f"the answer took over {self._timeout_s:g} s and was ended"
             last = event(error_body(504, message))

@@ -6,6 +6,7 @@ POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /health 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -63,7 +64,8 @@ def make_app(engine: Engine, model: str, config: ServeConfig, keys: list[str]) -
     async def answer(asked: Asked, http: Http) -> Response:
         job = await service.submit(asked, http.state.request_id)
         if asked.stream:
-            return EventStream(service.events(job), config.timeout_s, {})
+            ended = functools.partial(service.end, job)
+            return EventStream(service.events(job), config.timeout_s, ended)
         return await service.whole(job, http.receive)
 
     @app.post("/v1/chat/completions", response_model=None)

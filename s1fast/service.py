@@ -19,7 +19,7 @@ from starlette.types import Receive
 
 from s1fast.decoder import Engine
 from s1fast.errors import InputError
-from s1fast.gate import failure_body, gone, log, log_failure
+from s1fast.gate import CLIENT_LEFT, failure_body, gone, log, log_failure
 from s1fast.handle import Handle
 from s1fast.protocol import MOST_CHOICES, Asked, ChatAsked, Defaults, to_requests
 from s1fast.refusals import Refused, error_body, refused_input
@@ -29,8 +29,6 @@ from s1fast.server_metrics import ServerMetrics, Timing
 from s1fast.tree import trunk_first
 
 RETRY_AFTER_S = 2
-CLIENT_LEFT = 499
-"""Status of a request whose client left, for the log and the metrics; nobody reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +188,7 @@ class Service:
             log_failure(job.name, error)
             return JSONResponse(failure_body(job.name), 500)
         finally:
-            self._end(job, status)
+            self.end(job, status)
             for task in (work, left):
                 task.cancel()
 
@@ -204,7 +202,7 @@ class Service:
 
     async def events(self, job: _Job) -> AsyncGenerator[bytes]:
         """The answer as a stream of chunks."""
-        writer, cells, status = job.writer, job.asked.cells, CLIENT_LEFT
+        writer, cells = job.writer, job.asked.cells
         untold: dict[int, int] = {}
         try:
             for chunk in writer.opening(job.choices):
@@ -221,14 +219,12 @@ class Service:
             options = job.asked.stream_options
             if options is not None and options.include_usage:
                 yield writer.usage(job.done)
-            status = 200
+            self.end(job, 200)
             yield DONE
         except Exception as error:
-            status = 500
+            self.end(job, 500)
             log_failure(job.name, error)
             yield event(failure_body(job.name))
-        finally:
-            self._end(job, status)
 
     async def _read(self, job: _Job, number: int) -> AsyncIterator[Piece | Completion]:
         """What the engine gives for a prompt, counted on the way."""
@@ -244,7 +240,7 @@ class Service:
         job.done += done
         timing.end(whole=True)
 
-    def _end(self, job: _Job, status: int) -> None:
+    def end(self, job: _Job, status: int) -> None:
         """The end of a request, of whatever kind; once."""
         if not job.open:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import json
@@ -10,7 +11,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ pytest.importorskip("prometheus_client", reason="no prometheus_client; unproven:
 from s1fast.budget import Budget
 from s1fast.decoder import Engine, SamplingParams
 from s1fast.errors import InputError
-from s1fast.gate import JsonLines, is_loopback, logger
+from s1fast.gate import EventStream, JsonLines, is_loopback, logger
 from s1fast.loop import Loop
 from s1fast.server import ServeConfig, bind, serve
 from serving import Client, InProcess, in_process, wait_until
@@ -547,6 +548,35 @@ def test_whoever_leaves_frees_the_pages(endless: InProcess, fields: dict[str, An
     assert endless.chat(max_tokens=3).status == 200
 
 
+def test_a_stream_that_never_starts_is_ended(endless: InProcess) -> None:
+    """As when the server ends, or its client has left, before the first chunk."""
+    ended: list[int] = []
+
+    async def never() -> AsyncGenerator[bytes]:
+        raise AssertionError("it was read")
+        yield b""
+
+    async def go() -> None:
+        async def fails(message: Any) -> None:
+            raise OSError("gone")
+
+        async def waits() -> Any:
+            await asyncio.sleep(60)
+
+        stream = EventStream(never(), 60.0, ended.append)
+        with pytest.raises(OSError, match="gone"):
+            await stream({"type": "http"}, waits, fails)
+        stream = EventStream(never(), 60.0, ended.append)
+        task = asyncio.create_task(stream({"type": "http"}, waits, lambda _: waits()))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(go())
+    assert ended == [499, 499]
+
+
 def test_time_is_limited(endless: InProcess) -> None:
     with in_process(endless.engine, timeout_s=0.3) as server:
         answer = server.chat(max_tokens=7000)
@@ -555,6 +585,8 @@ def test_time_is_limited(endless: InProcess) -> None:
         events = server.chat(max_tokens=7000, stream=True).events
         assert len(events) > 3 and events[-1]["error"]["type"] == "timeout_error"
         server.idle()
+        text = server.get("/metrics").data.decode()
+        assert 's1fast:requests_total{model_name="tiny",status="504"} 2.0' in text
 
 
 def test_a_failing_request_gets_an_id_and_the_engine_goes_on(

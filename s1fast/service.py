@@ -122,8 +122,9 @@ class Service:
             raise Refused(404, message, "model", "model_not_found")
         choices, most = asked.choices, min(MOST_CHOICES, self.config.queue)
         if choices > most:
+            param = next(iter(asked.given(("n", "budgets", "num_ignores"))), asked.prompt_field)
             parts = "n for each of prompts, budgets and num_ignores"
-            raise Refused(400, f"n: {choices} choices ({parts}), at most {most}", "n")
+            raise Refused(400, f"{param}: {choices} choices ({parts}), at most {most}", param)
         if self._open + choices > self.config.queue:
             again = {"retry-after": str(RETRY_AFTER_S)}
             message = f"the queue of {self.config.queue} is full; come again in {RETRY_AFTER_S} s"

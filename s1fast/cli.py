@@ -35,6 +35,7 @@ Generate
   generate MODEL --prompt TEXT         think under a budget, then answer; streams
   demo                                 train a tiny reasoning model and watch accuracy rise with
                                        thinking, then decode real weights: two minutes on a laptop
+  serve MODEL                          OpenAI-compatible server, with a page to watch it think
 
 Measure
   evaluate MODEL --tasks math500       accuracy over budgets and Waits: the paper's curves
@@ -55,6 +56,7 @@ Examples
   s1fast evaluate out/mine/hf --tasks aime24,math500 --budgets 500,1000,2000,auto
   s1fast generate out/mine/hf --prompt "What is 17 + 25?" --max-thinking-tokens 200 \\
       --num-ignore 2 --ignore-text Wait
+  s1fast serve out/mine/hf --port 8000
 
 MODEL is a folder in Hugging Face format (Qwen2, Qwen2.5 or Llama architecture) or a hub id.
 Bad input ends with one line on stderr and exit code 2, before anything is overwritten.
@@ -135,6 +137,7 @@ def main() -> None:
         "plan": _plan,
         "export": _export,
         "generate": _generate,
+        "serve": _serve,
         "demo": _demo,
         "bench": _bench,
         "evaluate": _evaluate,
@@ -300,6 +303,17 @@ def _maximum(flag: str, text: str) -> Any:
     except ValueError:
         words = "nor none" if flag == "--num-ignores" else "nor auto, nor none"
         raise InputError(f"{flag}: {text!r} is no count, {words}") from None
+
+
+def _serve(arguments: list[str]) -> None:
+    usage = "serve MODEL"
+    model = _positional(arguments, 1, f"{usage} [--key value ...]")
+    try:
+        from s1fast.server import ServeConfig, serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"serve needs {error.name}: pip install 's1fast[serve]'") from None
+    config = _parse(ServeConfig, arguments[len(model) :], f"s1fast {usage}", flat=True)
+    serve(model[0], config)
 
 
 def _demo(arguments: list[str]) -> None:

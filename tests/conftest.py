@@ -40,6 +40,7 @@ _UNPROVEN = {
     "weights": "parity, generation and fine-tuning on real SmolLM2 weights",
     "data": "Qwen2.5 token ids and recipes on real questions",
     "nvcc": "that csrc compiles for sm_90a",
+    "chromium": "the page of s1fast serve, in a browser",
 }
 
 
@@ -71,6 +72,15 @@ def nvcc() -> str:
     """Path of the CUDA compiler."""
     path = shutil.which("nvcc")
     need("nvcc", path is not None, "install the CUDA toolkit")
+    assert path is not None
+    return path
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of the browser."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    need("chromium", path is not None, "install chromium")
     assert path is not None
     return path
 

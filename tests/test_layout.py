@@ -109,8 +109,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curves": {"errors", "files", "scaling"},
     "results": {"answers", "curves", "errors", "files", "grading", "recipes", "scaling", "tasks"},
     "evaluate": {"answers", "errors", "files", "metrics", "recipes", "results", "tasks"},
+    "protocol": {"budget", "chat", "errors", "request"},
+    "refusals": {"chat", "errors", "protocol"},
+    "replies": {"budget", "protocol", "request"},
+    "gate": {"refusals", "replies"},
+    "server_metrics": {"decoder", "request"},
+    "service": {"decoder", "errors", "gate", "handle", "protocol", "refusals", "replies", "request"}
+    | {"server_metrics", "tree"},
+    "server": {"decoder", "errors", "files", "gate", "protocol", "refusals", "request", "service"},
     "cli": {"__init__", "bench", "budget", "config", "console", "curves", "decoder", "demo"}
-    | {"build", "errors", "evaluate", "plan", "recipes", "trainer"},
+    | {"build", "errors", "evaluate", "plan", "recipes", "server", "trainer"},
     "__main__": {"cli"},
 }
 
@@ -303,7 +311,7 @@ def test_wheel(tmp_path: Path) -> None:
         name = relative(path) if room(path) not in FOLDERS else f"s1fast/{relative(path)}"
         installed = tmp_path / "installed" / name
         assert installed.read_bytes() == path.read_bytes(), f"{name} is not in the wheel"
-    assert "s1fast/py.typed" in names
+    assert {"s1fast/py.typed", "s1fast/page/index.html", "s1fast/page/page.js"} <= names
     code = "import s1fast, s1fast.kernels.rope as r; print(s1fast.__file__, r.__file__)"
     found = python(code, cwd=tmp_path, path=tmp_path / "installed").split()
     assert all(Path(file).is_relative_to(tmp_path / "installed") for file in found)

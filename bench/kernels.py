@@ -65,7 +65,7 @@ class KernelsConfig:
     `masked` is the percentage of rows without label, `peaked` makes logits as after training,
     `ragged` draws lengths as of s1K."""
     peers: tuple[str, ...] = ()
-    """Only peers with one of these in their name; all unless given, "none" for ours alone."""
+    """Only peers of these names, or with these in their name; "none" for ours alone."""
     against: tuple[str, ...] = ()
     """More providers, as module:function: callables with the signature of ours."""
     once: bool = False
@@ -137,7 +137,7 @@ def run(config: KernelsConfig) -> None:
         make_directory(config.output)
     except InputError as error:
         raise InputError(f"--output: {error}") from None
-    narrowed = config != KernelsConfig(output=config.output)
+    narrowed = config != KernelsConfig(output=config.output, peers=config.peers)
     _measure(shapes, functions, config.peers, config.output, device, narrowed)
 
 
@@ -167,7 +167,7 @@ def _measure(
     }
     for i, (op, sizes) in enumerate(shapes):
         print(f"{op.name} {shape_name(sizes)} ({i + 1} of {len(shapes)})", flush=True)
-        chosen = [p for p in op.peers if not peers or any(name in p.name for name in peers)]
+        chosen = [p for p in op.peers if not peers or p.name in _named(op, peers)]
         providers = [op.ours, *chosen, *(op.against(name, f) for name, f in functions)]
         versions = [version(p.package) if p.package else None for p in providers]
         named = list(zip(providers, versions, strict=True))
@@ -179,6 +179,12 @@ def _measure(
     for line in table(result):
         print(line)
     print(path)
+
+
+def _named(op: Op, names: Sequence[str]) -> set[str]:
+    """The operation's peers that are meant: a whole name means that one alone."""
+    there = {peer.name for peer in op.peers}
+    return {peer for name in names for peer in ({name} & there or there) if name in peer}
 
 
 def _chosen(name: str) -> tuple[Op, ...]:

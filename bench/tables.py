@@ -2,7 +2,8 @@
 
     python -m s1fast.bench.tables
 
-Results that are void, narrowed by flags, or of a CPU are left out.
+Of a GPU that has none the newest one that flags narrowed stands in. Results that are void or of a
+CPU are left out.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ def newest(folder: Path) -> list[dict[str, Any]]:
     for path in folder.glob("*.json"):
         result = read_json_object(path)
         # Other benches leave results of their own here.
-        if not result.get("complete") or result["roofs"]["void"]:
+        if not result.get("shapes") or result["roofs"]["void"] or not result["environment"]["gpu"]:
             continue
-        env = result["environment"]
-        device = env["device"]
-        older = found.get(device)
-        if env["gpu"] and (not older or older["environment"]["timestamp"] < env["timestamp"]):
+        device = result["environment"]["device"]
+        if device not in found or _rank(found[device]) < _rank(result):
             found[device] = {**result, "stem": path.stem}
     return [found[device] for device in sorted(found)]
+
+
+def _rank(result: dict[str, Any]) -> tuple[bool, str]:
+    return result["complete"], result["environment"]["timestamp"]
 
 
 def markdown(results: list[dict[str, Any]]) -> Iterator[str]:

@@ -428,10 +428,15 @@ def test_png_is_one(whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("peers", "names"),
-    [(("none",), ["s1fast"]), (("eager", "liger fp32"), ["s1fast", "torch eager", "liger fp32, "])],
+    [
+        (("none",), ["s1fast"]),
+        (("eager", "liger fp32"), ["s1fast", "torch eager", "liger fp32, "]),
+        (("liger",), ["s1fast", "liger"]),  # a whole name: not also the one that begins with it
+        (("torch",), ["s1fast", "torch eager", "torch.compile"]),
+    ],
 )
 def test_peers_can_be_chosen(peers: tuple[str, ...], names: list[str], work: Path) -> None:
-    output = work / f"peers-{len(peers)}"
+    output = work / f"peers-{peers[0]}"
     kernels.run(kernels.KernelsConfig(shape=("T96",), peers=peers, output=output))
     (path,) = output.glob("kernels-*.json")
     found = by_provider(json.loads(path.read_text()))
@@ -589,18 +594,20 @@ def put(folder: Path, whole: Path, name: str, **changes: Any) -> None:
 
 
 def test_tables_from_the_newest_results(whole: Path, readme: Path, tmp_path: Path) -> None:
-    """One table a shape, of the newest whole run that is not void, per GPU."""
+    """One table a shape, of the newest whole run that is not void, or else of a narrowed one."""
     folder = tmp_path / "results"
     folder.mkdir()
     tables.update(readme, folder)
     empty = readme.read_text()
     assert empty == f"before\n\n{tables.BEGIN}\n\n{tables.NONE}\n\n{tables.END}\n\nafter\n"
     put(folder, whole, "void", commit="voided", timestamp="2027-01-01", void=True)
-    put(folder, whole, "narrow", commit="narrowed", timestamp="2027-01-01", complete=False)
     put(folder, whole, "cpu", commit="slow", device="Some CPU", gpu=False)
     (folder / "first_light.json").write_text("{}")
     tables.update(readme, folder)
     assert readme.read_text() == empty
+    put(folder, whole, "narrow", commit="narrowed", timestamp="2027-01-01", complete=False)
+    tables.update(readme, folder)
+    assert "Commit narrowed" in readme.read_text()
     put(folder, whole, "a", commit="older", timestamp="2026-01-01")
     put(folder, whole, "b", commit="newest", timestamp="2026-03-01")
     put(folder, whole, "c", commit="middle", timestamp="2026-02-01")

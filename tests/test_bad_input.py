@@ -283,7 +283,7 @@ def test_bad_value(assignment: str, refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("arguments", "naming"),
     [
-        (["fly"], "no command 'fly'; there are train, plan, export, generate, demo"),
+        (["fly"], "no command 'fly'; there are train, plan, export, generate, serve, demo"),
         (["--train"], "no command '--train'"),
         (["build", "csrc"], "usage: s1fast build; it takes no 'csrc'"),
         (["train"], "usage: s1fast train RECIPE.toml"),

@@ -236,3 +236,15 @@ def test_flags_that_cannot_be_honoured(
         main()
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and naming in said and said.count("\n") == 1
+
+
+def test_without_its_packages_the_command_says_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("s1fast.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setattr(sys, "argv", ["s1fast", "serve", "model"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "serve needs fastapi: pip install 's1fast[serve]'" in capsys.readouterr().err

@@ -135,11 +135,12 @@ class Local:
         separate: bool,
         device: Literal["auto", "cpu", "cuda"],
         dtype: Literal["auto", "float32", "bfloat16"],
+        matmul: Literal["torch", "cuda"],
         max_batch: int,
     ) -> None:
         from s1fast.decoder import Engine
 
-        self._engine = Engine(model, device=device, dtype=dtype, max_batch=max_batch)
+        self._engine = Engine(model, device=device, dtype=dtype, matmul=matmul, max_batch=max_batch)
         self._how, self._cells, self._samples = how, cells, samples
         self._separate = separate
         # Requests under way: a batch full of rows, and as many waiting for their places.

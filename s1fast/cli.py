@@ -107,6 +107,8 @@ class GenerateConfig:
     """Between which the model thinks: s1's, or <think> and </think>; auto: by the vocabulary."""
     speculate: int = 0
     """Draft up to so many tokens a step from what was written before; changes no token."""
+    matmul: Literal["torch", "cuda"] = "torch"
+    """Products of a GPU's steps: cuBLAS, or for up to 8 tokens on an H100 or H200 ours (csrc)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -283,6 +285,7 @@ def _generate(arguments: list[str]) -> None:
         dtype=config.dtype,
         markers=config.markers,
         speculate=config.speculate,
+        matmul=config.matmul,
     )
     from s1fast.console import print_stream
 

@@ -133,7 +133,9 @@ class Engine:
         if ahead:
             buckets_for(max_batch)
         elif matmul == "cuda":
-            raise InputError('matmul = "cuda" is of the device\'s loop; take loop = "device"')
+            raise InputError(
+                'matmul = "cuda" is of the device\'s loop, which runs on CUDA; take matmul = "torch"'
+            )
         if dtype == "auto":
             dtype = "bfloat16" if cuda else "float32"
         folder = find(str(model))

@@ -78,6 +78,8 @@ class EvaluateConfig:
     """Where to run; auto takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision; auto is bfloat16 on GPU and float32 on CPU."""
+    matmul: Literal["torch", "cuda"] = "torch"
+    """Products of a GPU's steps: cuBLAS, or for up to 8 tokens on an H100 or H200 ours (csrc)."""
     max_batch: int = 64
     """Samples that are decoded together."""
     dollars_per_hour: float = 0.0
@@ -352,6 +354,7 @@ class _Run:
             separate=config.separate,
             device=config.device,
             dtype=config.dtype,
+            matmul=config.matmul,
             max_batch=config.max_batch,
         )
 

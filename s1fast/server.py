@@ -171,6 +171,7 @@ def serve(model: str, config: ServeConfig) -> None:
             step_tokens=max(512, config.max_batch),
             cache_tokens=config.cache_tokens,
             speculate=config.speculate,
+            matmul=config.matmul,
         )
         _warm(engine)
         name = config.served_model_name or Path(model).name

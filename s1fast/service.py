@@ -67,6 +67,8 @@ class ServeConfig:
     """Positions of the KV cache; unless given, 2 GiB of them on a CPU, what is free on a GPU."""
     speculate: int = 0
     """Draft up to so many tokens a step from what was written before; changes no token."""
+    matmul: Literal["torch", "cuda"] = "torch"
+    """Products of a GPU's steps: cuBLAS, or for up to 8 tokens on an H100 or H200 ours (csrc)."""
 
     def __post_init__(self) -> None:
         rules = [

@@ -113,6 +113,7 @@ def test_drafts_and_logprobs_by_flag(say: Say) -> None:
         ("--budgets 900,2000", "max_thinking_tokens 2000"),
         ("--budgets 5 --min-thinking-tokens 6", "min_thinking_tokens 6 is above"),
         ("--markers r1", "'r1'"),
+        ("--device cpu --matmul cuda", 'matmul = "cuda" is of the device'),
         ("--speculate -1", "speculate must be at least 0"),
         ("--logprobs 1000", "logprobs must be None or in 0..100"),
     ],

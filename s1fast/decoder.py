@@ -134,7 +134,7 @@ class Engine:
             buckets_for(max_batch)
         elif matmul == "cuda":
             raise InputError(
-                'matmul = "cuda" is of the device\'s loop, which runs on CUDA; take matmul = "torch"'
+                'matmul = "cuda" is of the device\'s loop, on CUDA; take matmul = "torch"'
             )
         if dtype == "auto":
             dtype = "bfloat16" if cuda else "float32"

@@ -24,13 +24,14 @@ import ast
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -153,6 +154,26 @@ def build(case: Case) -> Measured:
     }
 
 
+def built(cases: Sequence[Case]) -> Iterator[Measured | str]:
+    """Each, or why it does not compile, which does not hide the others; by as many processes as
+    there are cores, which have the kernels by forking."""
+    with multiprocessing.get_context("fork").Pool(
+        initializer=_CASES.extend, initargs=(cases,)
+    ) as p:
+        yield from p.imap(_build_one, range(len(cases)))
+
+
+_CASES: list[Case] = []
+"""Of a process of the pool."""
+
+
+def _build_one(index: int) -> Measured | str:
+    try:
+        return build(_CASES[index])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout + done.stderr
@@ -202,14 +223,12 @@ def check(package: str, path: Path, record: bool) -> list[str]:
     budgets = json.loads(path.read_text()) if path.exists() else {}
     cases, problems = collect(package)
     measured: dict[str, Measured] = {}
-    for case in cases:
-        try:
-            measured[case.name] = build(case)
-        except Exception as error:  # one that does not compile does not hide the others
-            problems.append(f"{case.name}: {type(error).__name__}: {error}")
+    for case, found in zip(cases, built(cases), strict=True):
+        if isinstance(found, str):
+            problems.append(f"{case.name}: {found}")
             continue
-        text = ", ".join(f"{key} {n}" for key, n in measured[case.name].items() if n)
-        print(f"{case.name}: {text}")
+        measured[case.name] = found
+        print(f"{case.name}: {', '.join(f'{key} {n}' for key, n in found.items() if n)}")
     if record:
         budgets = {name: widened(budgets.get(name, {}), m) for name, m in measured.items()}
         path.write_text(json.dumps(budgets, indent=2) + "\n")

@@ -39,7 +39,7 @@ def _assert_rises(points: dict[str, demo.Point], settings: list[str]) -> None:
         assert points[less].accuracy + 0.03 < points[more].accuracy, (less, more)
 
 
-@SEEDS
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 def test_accuracy_rises_with_thinking(seed: int, tmp_path: Path) -> None:
     """Half of the demo's training is enough for the beginning of the curve."""
     points = _curve(dataclasses.replace(IteratedMap(), num_steps=600), seed, tmp_path)

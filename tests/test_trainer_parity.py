@@ -162,8 +162,15 @@ def short_examples(count: int) -> list[Example]:
     return examples
 
 
-@pytest.mark.parametrize("optim", [S1, HARSH], ids=["s1", "harsh"])
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+@pytest.mark.parametrize(
+    ("model_type", "optim"),
+    [
+        pytest.param("qwen2", S1, id="qwen2-s1"),
+        pytest.param("llama", HARSH, id="llama-harsh"),
+        pytest.param("qwen2", HARSH, id="qwen2-harsh", marks=pytest.mark.slow),
+        pytest.param("llama", S1, id="llama-s1", marks=pytest.mark.slow),
+    ],
+)
 def test_forty_steps_are_transformers(
     model_type: str, optim: OptimConfig, make_model: Callable[..., Path]
 ) -> None:

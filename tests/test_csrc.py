@@ -105,6 +105,8 @@ def test_live_tokens_are_counted_on_the_device(form: dict[str, bool], run: Run) 
     for count, found_MN in zip(counts[1:], others, strict=True):
         live = max(0, min(count, 8))
         assert torch.equal(found_MN[:live], whole[:live])
+    (fewer_slots,) = run([replace(case, slots=3, live=11)])
+    assert torch.equal(fewer_slots, whole[:3])
 
 
 def test_ragged_shapes(run: Run) -> None:

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from s1fast.bench.adamw import OP as ADAMW
+from s1fast.bench.decode_attention import OP as DECODE_ATTENTION
 from s1fast.bench.environment import RESULTS, environment, result_path, version
 from s1fast.bench.gemv import OP as GEMV
 from s1fast.bench.layer import OP as LAYER
@@ -46,6 +47,7 @@ OPS = (
     ADAMW,
     LAYER,
     GEMV,
+    DECODE_ATTENTION,
 )
 
 
@@ -58,10 +60,12 @@ class KernelsConfig:
     shape: tuple[str, ...] = ()
     """Shapes instead of the default ones, as T4700xD5120xV152064xmasked50 for linear
     cross-entropy, S4096xB16xH40xN8xK128 for attention, R4700 for what only moves memory,
-    P2000xnarrowxclip for AdamW, M1xN27648xK5120xnormxswiglu for the token loop's products; what is
-    left out keeps its default.
+    P2000xnarrowxclip for AdamW, M1xN27648xK5120xnormxswiglu for the token loop's products,
+    L4096xB64xspread for its attention; what is left out keeps its default.
     `masked` is the percentage of rows without label, `peaked` makes logits as after training,
     `ragged` draws lengths as of s1K."""
+    peers: tuple[str, ...] = ()
+    """Only peers with one of these in their name; all unless given, "none" for ours alone."""
     against: tuple[str, ...] = ()
     """More providers, as module:function: callables with the signature of ours."""
     once: bool = False
@@ -87,6 +91,7 @@ def parse(arguments: Sequence[str]) -> KernelsConfig:
     )
     parser.add_argument("--op", default="all", help="one operation only, by name")
     parser.add_argument("--shape", nargs="+", default=(), help="as T4700xD5120xV152064xmasked50")
+    parser.add_argument("--peers", nargs="+", default=(), help="only those of such names, or none")
     parser.add_argument("--against", nargs="+", default=(), help="module:function, one more")
     parser.add_argument("--once", action="store_true", help="one warm launch of ours, for ncu")
     parser.add_argument("--compare", nargs="+", type=Path, default=(), help="two result files")
@@ -95,6 +100,7 @@ def parse(arguments: Sequence[str]) -> KernelsConfig:
     return KernelsConfig(
         op=found.op,
         shape=tuple(found.shape),
+        peers=tuple(found.peers),
         against=tuple(found.against),
         once=found.once,
         compare=tuple(found.compare),
@@ -114,6 +120,12 @@ def run(config: KernelsConfig) -> None:
     ops = _chosen(config.op)
     # Everything that was asked for is understood before anything is measured.
     shapes = _given(config.shape, ops, device) or _defaults(config.once, ops, device)
+    there = {peer.name for op, _ in shapes for peer in op.peers}
+    for name in config.peers:
+        if name != "none" and not any(name in peer for peer in there):
+            raise InputError(
+                f"--peers: none is called {name!r}; there are {', '.join(sorted(there))}"
+            )
     functions = [(name, _function(name)) for name in config.against]
     if config.once:
         if functions:
@@ -126,12 +138,13 @@ def run(config: KernelsConfig) -> None:
     except InputError as error:
         raise InputError(f"--output: {error}") from None
     narrowed = config != KernelsConfig(output=config.output)
-    _measure(shapes, functions, config.output, device, narrowed)
+    _measure(shapes, functions, config.peers, config.output, device, narrowed)
 
 
 def _measure(
     shapes: Sequence[tuple[Op, Sizes]],
     functions: Sequence[tuple[str, Callable[..., torch.Tensor]]],
+    peers: Sequence[str],
     folder: Path,
     device: torch.device,
     narrowed: bool,
@@ -154,7 +167,8 @@ def _measure(
     }
     for i, (op, sizes) in enumerate(shapes):
         print(f"{op.name} {shape_name(sizes)} ({i + 1} of {len(shapes)})", flush=True)
-        providers = [op.ours, *op.peers, *(op.against(name, f) for name, f in functions)]
+        chosen = [p for p in op.peers if not peers or any(name in p.name for name in peers)]
+        providers = [op.ours, *chosen, *(op.against(name, f) for name, f in functions)]
         versions = [version(p.package) if p.package else None for p in providers]
         named = list(zip(providers, versions, strict=True))
         result["shapes"].append(measure_shape(op, sizes, named, ceilings, device))

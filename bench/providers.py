@@ -34,7 +34,7 @@ from s1fast.bench.timing import Call, Timing, interleaved
 
 ROUNDS = 20
 FEWEST_ROUNDS = 5
-BUDGET_S = 1.0
+BUDGET_S = 0.4
 """A provider's share of the time per shape, all rounds together; at least FEWEST_ROUNDS though."""
 LONGEST_CALL_S = 4.0
 """A provider that needs longer for one forward and backward is not timed."""

@@ -77,6 +77,11 @@ def roofs() -> Roofs:
     return Roofs(**best, variants=variants, states=states, void=void, void_reason=reason)
 
 
+def read_gb_s() -> float:
+    """The first of them alone."""
+    return max(_streams()["read_gb_s"].values())
+
+
 def judge(device: str, read_gb_s: float, gemm_tflops: float) -> tuple[bool, str]:
     """Whether the rates void a run on that device, and why or why not."""
     if "H100" not in device or "PCIe" in device or "NVL" in device:

@@ -1,12 +1,14 @@
 """Full fine-tuning on one GPU, ours beside the best loop that transformers makes possible.
 
-    python -m s1fast.bench.single_gpu_sft [--small]
+    python -m s1fast.bench.single_gpu_sft
+    python -m s1fast.bench.single_gpu_sft --model 1.5B --recompute full --only
+    python -m s1fast.bench.single_gpu_sft --only "varlen, one sequence"
 
-A random model of Qwen2.5-3B's shape, sequences as long as s1K's, 16 a step, fp32 weights under bf16
-arithmetic, AdamW: the same data and the same GPU, one after the other. Of transformers every
-combination of {sdpa, varlen} x {compile} x {recompute} x {packed, one sequence at a time} is tried,
-with Liger's kernels too where they are installed, and each is listed: with its time, or why it has
-none. Before ours starts the plan's prediction is printed, after it the truth.
+A random model of Qwen2.5's shape, 3B unless told otherwise, sequences as long as s1K's, 16 a step,
+fp32 weights under bf16 arithmetic, AdamW: the same data and the same GPU, one after the other. Of
+transformers every combination of {sdpa, varlen} x {compile} x {recompute} x {packed, one sequence
+at a time} is tried, with Liger's kernels too where they are installed, and each is listed: with its
+time, or why it has none. Before ours starts the plan's prediction is printed, after it the truth.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import gc
 import importlib.util
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,6 +40,8 @@ from s1fast.published import qwen, sequence_lengths
 from s1fast.rates import find_rates
 from s1fast.step import Trainer
 
+Recompute = Literal["auto", "none", "full"]
+SIZES = ("0.5B", "1.5B", "3B", "7B")
 WARM_UP, MEASURED = 2, 3
 """Steps; every variant takes the same ones."""
 PROMPT_TOKENS = 150
@@ -66,10 +70,12 @@ class Outcome:
     reason: str = ""
 
 
-def make(small: bool, device: torch.device) -> Problem:
+def make(
+    small: bool, device: torch.device, size: str = "3B", recompute: Recompute = "auto"
+) -> Problem:
     lengths = sequence_lengths("simplescaling/s1K")
     assert lengths is not None
-    model, prompt = qwen("3B"), PROMPT_TOKENS
+    model, prompt = qwen(size), PROMPT_TOKENS
     if small:
         model = dataclasses.replace(
             model, hidden_size=32, intermediate_size=48, vocab_size=128, num_hidden_layers=2,
@@ -82,7 +88,8 @@ def make(small: bool, device: torch.device) -> Problem:
         ids = torch.randint(model.vocab_size, (n,), generator=random).tolist()
         examples.append(Example(tuple(ids), (*[False] * prompt, *[True] * (n - prompt)), ""))
     data = DataConfig(path="random")
-    config = TrainConfig(model="random", data=data, batch_size=4 if small else 16)
+    batch_size = 4 if small else 16
+    config = TrainConfig(model=size, data=data, batch_size=batch_size, recompute=recompute)
     return Problem(model, examples, config, device)
 
 
@@ -272,14 +279,19 @@ def _register_varlen(bounds: list[Tensor]) -> str:
 # -- the report ------------------------------------------------------------------------------------
 
 
-def report(small: bool, device: torch.device, save_result: bool = True) -> list[str]:
-    problem = make(small, device)
+def report(
+    problem: Problem, only: Sequence[str] | None = None, save_result: bool = True
+) -> list[str]:
+    """Ours, then the variants whose name contains one of `only`'s texts, all if it is None."""
+    device = problem.device
     predicted = predict(problem)
     if predicted:
         print(f"plan: {predicted[0]:.2f} s/step, {predicted[1]:.1f} GB at the peak", flush=True)
     found = [outcome("s1fast", problem, lambda: ours(problem))]
     leave()
     for variant in variants(_has_liger()):
+        if only is not None and not any(text in str(variant) for text in only):
+            continue
         found.append(outcome(str(variant), problem, partial(theirs, problem, variant)))
     steps = [problem.batch(n) for n in range(WARM_UP, WARM_UP + MEASURED)]
     tokens = sum(len(e.ids) for batch in steps for e in batch) / MEASURED
@@ -306,7 +318,9 @@ def report(small: bool, device: torch.device, save_result: bool = True) -> list[
             f"{predicted[1]:.1f} GB against {found[0].peak_bytes / 1e9:.1f}"
         )
     if save_result:
-        values = {"predicted": predicted, "variants": [dataclasses.asdict(one) for one in found]}
+        values: dict[str, Any] = {"model": problem.config.model}
+        values |= {"recompute": problem.config.recompute, "predicted": predicted}
+        values["variants"] = [dataclasses.asdict(one) for one in found]
         lines.append(str(save("single_gpu_sft", {**values, "tokens": tokens, "flops": flops})))
     return lines
 
@@ -318,11 +332,14 @@ def _has_liger() -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m s1fast.bench.single_gpu_sft")
     parser.add_argument("--small", action="store_true", help="a tiny model: the code path alone")
-    small = parser.parse_args().small
+    parser.add_argument("--model", choices=SIZES, default="3B", help="whose shape of Qwen2.5")
+    parser.add_argument("--recompute", choices=get_args(Recompute), default="auto")
+    parser.add_argument("--only", nargs="*", help="peers whose name has one of these, or none")
+    given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not small:
-        raise SystemExit("a model of 3B needs a GPU; --small runs a tiny one anywhere")
-    for text in report(small, device):
+    if device.type == "cpu" and not given.small:
+        raise SystemExit(f"a model of {given.model} needs a GPU; --small runs a tiny one anywhere")
+    for text in report(make(given.small, device, given.model, given.recompute), given.only):
         print(text)
 
 

@@ -14,9 +14,9 @@ so that those sharing keys and values run together. Loads and stores go through 
 bounded by the sequence: rows beyond it read as zeros and are not written, so nothing of a
 neighbour, not even a NaN, can enter. log-sum-exp is kept to base 2, lse2 = lse / ln 2.
 
-The forward loop is warp-specialised: one producer warp group, two consumers. It must be a single
-loop over all key tiles, with 4 warps and descriptors made on the device: the compiler ignores the
-hint or fails in other forms. So every tile is masked, by one comparison an element.
+Keys that every query of a tile sees are taken without a mask, those on the diagonal or at the end
+of the sequence after them, with one. Nothing is warp-specialised: what the compiler makes of the
+hint (Triton 3.6) is wrong in the second half of every tile; kernels/README.md tells more.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from s1fast.kernels.jit import constant, jit, tl, triton
 LOWEST = constant(-1e30)  # finite: a row that has seen nothing yet must not make a NaN
 LOG2_E = 1.4426950408889634
 
-Tile = tuple[int, int, int, int]
-"""(query rows, key rows, warps, stages)."""
-FORWARD: dict[int, Tile] = {64: (128, 128, 4, 2), 128: (128, 128, 4, 2)}
-DQUERY: dict[int, Tile] = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}
-DKEY: dict[int, Tile] = {64: (64, 128, 8, 3), 128: (64, 128, 8, 3)}
+Tile = tuple[int, ...]
+"""(query rows, key rows, warps, stages), and the most registers of a thread where, without such a
+bound, only one block would run on a multiprocessor."""
+FORWARD: dict[int, Tile] = {64: (128, 64, 8, 3), 128: (128, 64, 8, 2, 128)}
+DQUERY: dict[int, Tile] = {64: (128, 64, 8, 3), 128: (128, 32, 8, 3, 128)}
+DKEY: dict[int, Tile] = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
 """Head width -> the configuration that is shipped."""
 
 
@@ -53,6 +54,40 @@ def _rows(ptr, start, length, head, stride_t, stride_h, ROWS: tl.constexpr, K: t
     """Descriptor of one head's rows of one sequence."""
     base = ptr + start * stride_t + head.to(tl.int64) * stride_h
     return tl.make_tensor_descriptor(base, [length, K], [stride_t, 1], [ROWS, K])
+
+
+@jit
+def _seen(row, length, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr):
+    """Of a tile of queries: keys up to the first are seen by every row, none from the second on."""
+    whole = (row if CAUSAL else length) // N * N
+    return whole, tl.minimum(row + M, length) if CAUSAL else length
+
+
+@jit
+def _softmax_step(
+    q_MK,
+    k_desc,
+    v_desc,
+    column,
+    last_M,
+    scale2,
+    high_M,
+    sum_M,
+    acc_MK,
+    N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys and values more."""
+    score_MN = tl.dot(q_MK, k_desc.load([column, 0]).T)
+    if MASKED:
+        seen_MN = tl.arange(0, N)[None, :] <= (last_M - column)[:, None]
+        score_MN = tl.where(seen_MN, score_MN, LOWEST)
+    new_M = tl.maximum(high_M, tl.max(score_MN, 1))
+    p_MN = tl.exp2(score_MN * scale2 - (new_M * scale2)[:, None])
+    fade_M = tl.exp2((high_M - new_M) * scale2)
+    sum_M = sum_M * fade_M + tl.sum(p_MN, 1)
+    v_NK = v_desc.load([column, 0])
+    return new_M, sum_M, tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK * fade_M[:, None])
 
 
 @jit
@@ -93,20 +128,15 @@ def _attention_forward_kernel(
     high_M = tl.full((M,), LOWEST, tl.float32)
     sum_M = tl.zeros((M,), tl.float32)
     acc_MK = tl.zeros((M, K), tl.float32)
-    stop = tl.minimum(row + M, length) if CAUSAL else length
-    for column in tl.range(0, stop, N, num_stages=STAGES, warp_specialize=True):
-        k_NK = k_desc.load([column, 0])
-        score_MN = tl.dot(q_MK, k_NK.T)
-        seen_MN = tl.arange(0, N)[None, :] <= (last_M - column)[:, None]
-        score_MN = tl.where(seen_MN, score_MN, LOWEST)
-        new_M = tl.maximum(high_M, tl.max(score_MN, 1))
-        p_MN = tl.exp2(score_MN * scale2 - (new_M * scale2)[:, None])
-        fade_M = tl.exp2((high_M - new_M) * scale2)
-        sum_M = sum_M * fade_M + tl.sum(p_MN, 1)
-        acc_MK = acc_MK * fade_M[:, None]
-        v_NK = v_desc.load([column, 0])
-        acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK)
-        high_M = new_M
+    whole, stop = _seen(row, length, M, N, CAUSAL)
+    for column in tl.range(0, whole, N, num_stages=STAGES):
+        high_M, sum_M, acc_MK = _softmax_step(
+            q_MK, k_desc, v_desc, column, last_M, scale2, high_M, sum_M, acc_MK, N, False
+        )
+    for column in tl.range(whole, stop, N, num_stages=STAGES):
+        high_M, sum_M, acc_MK = _softmax_step(
+            q_MK, k_desc, v_desc, column, last_M, scale2, high_M, sum_M, acc_MK, N, True
+        )
     out_desc.store([row, 0], (acc_MK / sum_M[:, None]).to(out_ptr.dtype.element_ty))
     lse2_M = high_M * scale2 + tl.log2(sum_M)
     lse2_ptr += head.to(tl.int64) * num_tokens + start
@@ -138,6 +168,31 @@ def _attention_delta_kernel(
     out_TK = tl.load(out_ptr, mask=inside_T1, other=0.0).to(tl.float32)
     delta_T = tl.sum(dout_TK * out_TK, 1)
     tl.store(delta_ptr + head * num_tokens + token_T, delta_T, mask=token_T < num_tokens)
+
+
+@jit
+def _dquery_step(
+    q_MK,
+    dout_MK,
+    k_desc,
+    v_desc,
+    column,
+    last_M,
+    lse2_M,
+    delta_M,
+    scale2,
+    dq_MK,
+    N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys and values more."""
+    k_NK = k_desc.load([column, 0])
+    v_NK = v_desc.load([column, 0])
+    p_MN = tl.exp2(tl.dot(q_MK, k_NK.T) * scale2 - lse2_M[:, None])
+    if MASKED:
+        p_MN = tl.where(tl.arange(0, N)[None, :] <= (last_M - column)[:, None], p_MN, 0.0)
+    ds_MN = p_MN * (tl.dot(dout_MK, v_NK.T) - delta_M[:, None])
+    return tl.dot(ds_MN.to(k_NK.dtype), k_NK, dq_MK)
 
 
 @jit
@@ -185,14 +240,15 @@ def _attention_dquery_kernel(
     lse2_M = tl.load(lse2_ptr + offset_M, mask=inside_M, other=float("inf"))  # beyond: p = 0
     delta_M = tl.load(delta_ptr + offset_M, mask=inside_M, other=0.0)
     dq_MK = tl.zeros((M, K), tl.float32)
-    stop = tl.minimum(row + M, length) if CAUSAL else length
-    for column in tl.range(0, stop, N, num_stages=STAGES):
-        k_NK = k_desc.load([column, 0])
-        v_NK = v_desc.load([column, 0])
-        p_MN = tl.exp2(tl.dot(q_MK, k_NK.T) * scale2 - lse2_M[:, None])
-        p_MN = tl.where(tl.arange(0, N)[None, :] <= (last_M - column)[:, None], p_MN, 0.0)
-        ds_MN = p_MN * (tl.dot(dout_MK, v_NK.T) - delta_M[:, None])
-        dq_MK = tl.dot(ds_MN.to(k_NK.dtype), k_NK, dq_MK)
+    whole, stop = _seen(row, length, M, N, CAUSAL)
+    for column in tl.range(0, whole, N, num_stages=STAGES):
+        dq_MK = _dquery_step(
+            q_MK, dout_MK, k_desc, v_desc, column, last_M, lse2_M, delta_M, scale2, dq_MK, N, False
+        )
+    for column in tl.range(whole, stop, N, num_stages=STAGES):
+        dq_MK = _dquery_step(
+            q_MK, dout_MK, k_desc, v_desc, column, last_M, lse2_M, delta_M, scale2, dq_MK, N, True
+        )
     dq_desc.store([row, 0], (dq_MK * scale).to(dq_ptr.dtype.element_ty))
 
 
@@ -313,9 +369,10 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _constants(tile: Tile, width: int, causal: bool) -> tuple[dict[str, Any], dict[str, int]]:
-    rows, columns, warps, stages = tile
+    rows, columns, warps, stages, *registers = tile
     constants = {"K": width, "M": rows, "N": columns, "STAGES": stages, "CAUSAL": causal}
-    return constants, {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages}
+    return constants, options | ({"maxnreg": registers[0]} if registers else {})
 
 
 def _launch(kernel, grid: int, tile: Tile, width: int, causal: bool, *arguments) -> None:

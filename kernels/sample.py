@@ -4,8 +4,13 @@
     token = argmax_v (logit_v / temperature + gumbel(seed, sample, position, v)),  v in the kept set
 
 So a row's draw does not depend on its batch, rank or schedule, and a speculative draft can be
-checked by drawing again. One read of the logits: 4 V bytes a row; floor for V 152,064 at 3.0 TB/s:
-0.2 us a row, so a launch costs more than the work.
+checked by drawing again. This is the reference; sample_triton.py draws on the device.
+
+What is kept is decided on integers: an id's distance from the likeliest in 2^-20 of a bit, and its
+weight 2^(30 - distance / 2^20), by a polynomial in whole numbers. A distance takes a division, a
+difference and a product that IEEE 754 rounds in one way everywhere, so the device keeps the same
+set. What may differ there is the last bit of the noise's logarithms, which shows where two scores
+tie.
 """
 
 from __future__ import annotations
@@ -16,8 +21,15 @@ import torch
 from torch import Tensor
 
 FIXED_POINT = 1 << 30
-"""Probabilities relative to the largest one, as integers: their sums have no rounding, so the set
+"""Weights are relative to the likeliest id's, as integers: their sums have no rounding, so the set
 that top-p keeps does not depend on the order of summation."""
+
+PER_NAT = 1.4426950408889634 * (1 << 20)
+"""Distances in a difference of 1 between logits."""
+FAR = 31 << 20
+"""No distance is larger: there the weight is 0."""
+POWER = (0xB171E5B0, 0x3D7CB2F8, 0x0E28A02E, 0x025BFAD3, 0x003E27EE)
+"""2^-f = 1 - f (a - f (b - f (c - f (d - f e)))) for f in [0, 1), in 2^-32: within 1.3e-7."""
 
 
 def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int], like: Tensor) -> Tensor:
@@ -63,8 +75,35 @@ def gumbel(seed: int, sample: int, position: int, token: Tensor) -> Tensor:
     return -torch.log(-torch.log(u))
 
 
+def fixed_point(share: float) -> int:
+    """A share in [0, 1] of FIXED_POINT, rounded up."""
+    return math.ceil(share * FIXED_POINT)
+
+
+def distance(logits_V: Tensor) -> Tensor:
+    """How far ids lie below the likeliest, in 2^-20 of a bit, rounded down: int64 in [0, FAR]."""
+    below_V = (logits_V.max() - logits_V) * PER_NAT
+    return below_V.clamp(max=FAR).long()
+
+
+def weight(distance_V: Tensor) -> Tensor:
+    """Probability relative to the likeliest id's, in 2^-30, of distances: int64."""
+    fraction_V = (distance_V & 0xFFFFF) << 11  # in 2^-31, so that no product passes 2^63
+    power_V = torch.full_like(distance_V, POWER[-1])
+    for term in POWER[-2::-1]:
+        power_V = term - (power_V * fraction_V >> 31)
+    return FIXED_POINT - (power_V * fraction_V >> 33) >> (distance_V >> 20)
+
+
+def share_of(total: int, share: int) -> int:
+    """total * share / FIXED_POINT, rounded up; both below 2^62."""
+    high, low = total >> 30, total & (FIXED_POINT - 1)
+    return high * share + (low * share + FIXED_POINT - 1 >> 30)
+
+
 def keep_mask(logits_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Which ids stay: top-k, then top-p of what top-k left, then min-p. Equals stay together.
+    """Which ids stay: top-k, then top-p of what top-k left, then min-p. Equals stay together, and
+    equal are two whose distances are.
 
     Args:
         logits_V: fp32, already divided by the temperature; -inf for forbidden ids.
@@ -72,19 +111,19 @@ def keep_mask(logits_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tenso
         top_p: share of probability to keep, in (0, 1].
         min_p: least probability relative to the likeliest id's, in [0, 1].
     """
-    keep = logits_V > -math.inf
+    distance_V = distance(logits_V)
+    weight_V = weight(distance_V)
+    limit = FAR
     if 0 < top_k < len(logits_V):
-        keep &= logits_V >= logits_V.topk(top_k).values[-1]
-    weight_V = ((logits_V - logits_V.max()).exp().double() * FIXED_POINT).long() * keep
+        limit = int(distance_V.kthvalue(top_k).values)
     if top_p < 1.0:
-        # The largest threshold whose survivors reach the share: found among the sorted weights.
-        sorted_V = weight_V.sort(descending=True).values
-        mass_V = sorted_V.cumsum(0)
-        need = math.ceil(top_p * int(mass_V[-1]))
-        keep &= weight_V >= sorted_V[int((mass_V < need).sum())]
-    if min_p > 0.0:
-        keep &= weight_V >= math.ceil(min_p * FIXED_POINT)
-    return keep
+        # The nearest limit whose survivors have the share.
+        sorted_V, order_V = distance_V.sort()
+        mass_V = (weight_V[order_V] * (sorted_V <= limit)).cumsum(0)
+        need = share_of(int(mass_V[-1]), fixed_point(top_p))
+        limit = min(limit, int(sorted_V[int((mass_V < need).sum())]))
+    near_V = (distance_V <= limit) & (weight_V >= fixed_point(min_p))
+    return near_V & (logits_V > -math.inf)
 
 
 def sample(

@@ -1,7 +1,8 @@
 """The decoding engine: prompts, sampling parameters and thinking budgets in, text out.
 
 Any number of threads and coroutines may ask at once. One thread of the engine's own runs all
-requests together, a step at a time (loop.py), while there are any.
+requests together while there are any: a step at a time (loop.py), or ahead of a device that decides
+for itself (captured.py), which is what a GPU gets.
 
 Floor of a step at batch 1: the weights are read once, 2 bytes a parameter in bf16; 32.8e9 of them
 at 3.0 TB/s: 22 ms. Measured on an H100: not yet.
@@ -9,24 +10,30 @@ at 3.0 TB/s: 22 ms. Measured on an H100: not yet.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from s1fast import matmul as products
 from s1fast.budget import Budget
+from s1fast.captured import DEPTH, Captured
 from s1fast.chat import Chat
 from s1fast.checkpoint import load_model
+from s1fast.device import Device
 from s1fast.errors import InputError
+from s1fast.graphs import buckets_for, num_slots
 from s1fast.handle import Cancelled, Handle
 from s1fast.hub import find
-from s1fast.kv_cache import PAGE_SIZE, KVCache, Pages
+from s1fast.kv_cache import PAGE_SIZE, KVCache, Pages, num_pages
 from s1fast.loop import Loop, Stats
 from s1fast.markers import MarkersName
-from s1fast.model import Model, ModelConfig
+from s1fast.model import Model
 from s1fast.request import (
     Cell,
     Completion,
@@ -40,9 +47,7 @@ from s1fast.row import Row
 from s1fast.tensor_parallel import Ranks, load_shard
 from s1fast.tree import trunk_first
 
-CACHE_BYTES = 2 << 30
-"""Default size of the cache on a CPU, where the context is not larger; only what is used of it is
-ever touched."""
+_CPU = torch.device("cpu")
 
 Budgets = Sequence[int | Literal["auto"] | None]
 
@@ -68,10 +73,18 @@ class Engine:
         device: "auto" takes a GPU if there is one.
         dtype: of weights and arithmetic; "auto" is bfloat16 on GPU and float32 on CPU.
         markers: between which the model thinks; "auto" goes by the vocabulary (markers.py).
+        loop: "host" draws and decides on the host after every step; "device" does so on the device,
+            a few steps ahead, with at most 64 rows; "auto" is "device" on a GPU.
+        matmul: of the device's loop, "torch" or, for up to 8 tokens on an H100, "cuda" (csrc);
+            never one for the other.
         max_batch: rows that run together; more wait for a place in order.
-        step_tokens: token slots of a step; rows first, then prompts, a chunk of them each step.
+        step_tokens: token slots of a step; rows first, then prompts, a chunk of them each step. Of
+            the device's loop, tokens of a chunk.
         cache_tokens: positions of the cache; None: 2 GiB of them on a CPU, most of what is free on
             a GPU, and one whole context at least.
+        preempt: whether a row may take pages from one that came later, which then computes its
+            tokens anew; without it a request is refused unless there are pages for all that it and
+            those before it may ever need.
         reuse_prompts: whether prompts take over what was computed of an equal beginning before.
         speculate: most draft tokens a row brings to a step, out of its own text; never changes
             what is drawn.
@@ -89,9 +102,12 @@ class Engine:
         device: Literal["auto", "cpu", "cuda"] = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         markers: MarkersName = "auto",
+        loop: Literal["auto", "host", "device"] = "auto",
+        matmul: products.Choice = "torch",
         max_batch: int = 64,
         step_tokens: int = 512,
         cache_tokens: int | None = None,
+        preempt: bool = True,
         reuse_prompts: bool = True,
         speculate: int = 0,
         ranks: Ranks | None = None,
@@ -107,12 +123,23 @@ class Engine:
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("device: cuda was asked for, but torch sees no CUDA device")
         cuda = torch.cuda.is_available() and device != "cpu"
+        for name, choice, choices in (
+            ("loop", loop, ("auto", "host", "device")),
+            ("matmul", matmul, ("cuda", "torch")),
+        ):
+            if choice not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+        ahead = loop == "device" or (loop == "auto" and cuda)
+        if ahead:
+            buckets_for(max_batch)
+        elif matmul == "cuda":
+            raise InputError('matmul = "cuda" is of the device\'s loop; take loop = "device"')
         if dtype == "auto":
             dtype = "bfloat16" if cuda else "float32"
         folder = find(str(model))
         self.chat = Chat.load(folder)
         self.chat.choose_markers(markers)
-        self.device = torch.device("cuda" if cuda else "cpu")
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else _CPU
         kind = getattr(torch, dtype)
         self.model: Model = (
             load_model(folder, self.device, kind)
@@ -123,29 +150,65 @@ class Engine:
         if self.chat.vocab_size > self.model.config.vocab_size:
             raise InputError(f"{folder}: tokenizer.json has more ids than config.json's vocab_size")
         self.max_batch, self.context = max_batch, self.model.config.max_position_embeddings
-        count = _num_pages(self.model.config, kind, self.device, max_batch, cache_tokens)
+        count = num_pages(self.model.config, kind, self.device, max_batch, cache_tokens)
         self.pages = Pages(count, reuse=reuse_prompts)
         cache = KVCache(self.model.config, count, max_batch, self.device, kind)
         self._ranks = ranks
-        self._loop = Loop(
-            self.model,
-            self.chat.vocab_size,
-            self.pages,
-            cache,
-            max_rows=max_batch,
-            max_slots=step_tokens,
-            speculate=speculate,
-            reduce=None if ranks is None else ranks.reduce,
-            agree=(lambda x: x) if ranks is None else ranks.agree,
-            emit=self._emit,
-            fail=self._fail,
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "vocab_size": self.chat.vocab_size,
+            "pages": self.pages,
+            "cache": cache,
+            "max_rows": max_batch,
+            "max_slots": step_tokens,
+            "speculate": speculate,
+            "reduce": None if ranks is None else ranks.reduce,
+            "agree": (lambda x: x) if ranks is None else ranks.agree,
+            "emit": self._emit,
+            "fail": self._fail,
+        }
+        self._loop = (
+            Captured(self._on_device(cache, matmul), **arguments) if ahead else Loop(**arguments)
         )
         self._lock = threading.Lock()
         self._handles: dict[int, Handle] = {}
+        self._preempt = preempt
+        self._reserved: dict[int, int] = {}  # pages of each job, where none is preempted
         self._fresh: list[_Sample] = []
         self._cancelled: list[int] = []
         self._thread: threading.Thread | None = None
         self._jobs = 0
+
+    def _on_device(self, cache: KVCache, choice: products.Choice) -> Device:
+        ranks, kind = self._ranks, self.model.compute_dtype
+        chosen = products.prepare(choice, self.device, _matrices(self.model))
+        if ranks is not None:
+            slots = num_slots(buckets_for(self.max_batch)[-1])
+            ranks.sum_small(slots * self.model.config.hidden_size, kind, self.device)
+        device = Device(
+            self.model,
+            cache,
+            chosen,
+            vocab_size=self.chat.vocab_size,
+            enders=self.chat.ends_in_newline,
+            max_rows=self.max_batch,
+            depth=DEPTH,
+            reduce=None if ranks is None else ranks.reduce,
+            first=ranks is None or not ranks.rank,
+        )
+        if self.device.type == "cuda":
+            print(chosen.describe(num_slots(device.graphs.buckets[-1])), file=sys.stderr)
+        return device
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compiles and captures what the device's loop will launch, before the first request. With
+        ranks, all of them call it."""
+        with self._lock:
+            if self._thread is not None:
+                raise InputError("warm_up: requests are running")
+            if isinstance(self._loop, Captured):
+                self._loop.warm_up()
 
     @property
     def stats(self) -> Stats:
@@ -282,10 +345,11 @@ class Engine:
         if self._ranks is not None and self._ranks.group is None:
             raise InputError("ranks: this engine was closed; make another")
         compiled = [compile_request(request, self.chat, self.context) for request in requests]
-        for request, (ids, cells) in zip(requests, compiled, strict=True):
-            self._check_fits(request, ids, cells)
+        needs = [self._pages_of(r, *what) for r, what in zip(requests, compiled, strict=True)]
         handles = []
         with self._lock:
+            if not self._preempt:
+                self._reserve(needs)
             for index, (request, (ids, cells)) in enumerate(zip(requests, compiled, strict=True)):
                 self._jobs += 1
                 job, n = self._jobs, request.params.n
@@ -301,16 +365,31 @@ class Engine:
                 self._thread.start()
         return handles
 
-    def _check_fits(self, request: Request, ids: list[int], cells: list[Cell]) -> None:
-        """Refuses what could never run, however long it waited."""
+    def _pages_of(self, request: Request, ids: list[int], cells: list[Cell]) -> int:
+        """Most pages that its rows can hold. Refuses what could never run at all."""
         longest = max(cell.program.longest for cell in cells)
-        needed = -(-(len(ids) + longest + 1) // PAGE_SIZE) * PAGE_SIZE
-        have = (self.pages.count - 1) * PAGE_SIZE
-        if needed > have:
+        pages, have = -(-(len(ids) + longest + 1) // PAGE_SIZE), self.pages.count - 1
+        if pages > have:
             raise InputError(
-                f"max_tokens {request.params.max_tokens}: with the prompt up to {needed} positions,"
-                f" the cache has {have}; ask for fewer, or make the engine with more cache_tokens"
+                f"max_tokens {request.params.max_tokens}: with the prompt up to "
+                f"{pages * PAGE_SIZE} positions, the cache has {have * PAGE_SIZE}; ask for fewer, "
+                "or make the engine with more cache_tokens"
             )
+        return pages * request.params.n * len(cells)
+
+    def _reserve(self, needs: list[int]) -> None:
+        """Notes the pages of the jobs to come, or refuses them all."""
+        going = {job for job, handle in self._handles.items() if not handle.finished}
+        reserved = {job: n for job, n in self._reserved.items() if job in going}
+        others, have = sum(reserved.values()), self.pages.count - 1
+        if sum(needs) + others > have:
+            raise InputError(
+                f"preempt: without it {sum(needs)} pages of {PAGE_SIZE} positions are kept for "
+                f"this request beside {others} for others, and the cache has {have}; wait, ask for "
+                "fewer max_tokens, or make the engine with more cache_tokens"
+            )
+        jobs = range(self._jobs + 1, self._jobs + 1 + len(needs))
+        self._reserved = reserved | dict(zip(jobs, needs, strict=True))
 
     # -- the engine's own thread ---------------------------------------------------------------
 
@@ -332,6 +411,8 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        if self.device.type == "cuda":  # each thread has its own
+            torch.cuda.set_device(self.device)
         while (orders := self._orders()) is not None:
             fresh, cancelled = orders
             try:
@@ -343,12 +424,14 @@ class Engine:
                 if not self._loop.idle:
                     self._loop.step()
             except BaseException as error:  # no request may end the thread: all are told
-                self._loop.clear()
                 with self._lock:
                     waiting = {s.job for s in self._fresh}
                     running = [job for job in self._handles if job not in waiting]
-                for job in running:
-                    self._fail(job, error)
+                try:
+                    self._loop.clear()
+                finally:
+                    for job in running:
+                        self._fail(job, error)
 
     def _fail(self, job: int, error: BaseException) -> None:
         with self._lock:
@@ -393,21 +476,9 @@ class Engine:
                 self._handles.pop(row.job, None)
 
 
-def _num_pages(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_batch: int,
-    cache_tokens: int | None,
-) -> int:
-    """Pages of the cache, the sink included."""
-    if cache_tokens is not None:
-        return 1 + -(-cache_tokens // PAGE_SIZE)
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    position_bytes = 2 * heads * config.head_dim * dtype.itemsize
-    room = CACHE_BYTES
-    if device.type == "cuda":
-        room = int(0.9 * torch.cuda.mem_get_info(device)[0])
-    context = config.max_position_embeddings + 1
-    tokens = min(max_batch * context, max(context, room // position_bytes))
-    return 1 + -(-tokens // PAGE_SIZE)
+def _matrices(model: Model) -> dict[str, Tensor]:
+    """The weights that are multiplied, by name."""
+    matrices: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+    if model.head.weight is not None:
+        del matrices["embed.weight"]
+    return matrices

@@ -29,6 +29,30 @@ from s1fast.model import ModelConfig
 PAGE_SIZE = 16
 """Positions in a page."""
 
+CACHE_BYTES = 2 << 30
+"""Default size of the cache on a CPU, where the context is not larger; only what is used of it is
+ever touched."""
+
+
+def num_pages(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_batch: int,
+    cache_tokens: int | None,
+) -> int:
+    """Pages of the cache, the sink included."""
+    if cache_tokens is not None:
+        return 1 + -(-cache_tokens // PAGE_SIZE)
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    position_bytes = 2 * heads * config.head_dim * dtype.itemsize
+    room = CACHE_BYTES
+    if device.type == "cuda":
+        room = int(0.9 * torch.cuda.mem_get_info(device)[0])
+    context = config.max_position_embeddings + 1
+    tokens = min(max_batch * context, max(context, room // position_bytes))
+    return 1 + -(-tokens // PAGE_SIZE)
+
 
 class Pages:
     """The account of pages 1 .. count - 1, each held by any number of rows."""
@@ -177,8 +201,9 @@ class KVCache:
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         per_row = -(-config.max_position_embeddings // PAGE_SIZE)
-        self.table = torch.zeros((num_lines, per_row), dtype=torch.int64)
-        """Page of every PAGE_SIZE positions of every running row, by its line."""
+        pinned = device.type == "cuda"
+        self.table = torch.zeros((num_lines, per_row), dtype=torch.int32, pin_memory=pinned)
+        """On the host: page of every PAGE_SIZE positions of every running row, by its line."""
         self._clean = 0  # pages below hold numbers; memory never written may hold NaN
         self.reach(0)
 

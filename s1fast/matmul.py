@@ -181,6 +181,8 @@ def by_torch(
     """The same by torch and our norm and activation; the reference on a CPU."""
     if norm_K is not None:
         x_MK = rms_norm(x_MK, norm_K, eps)
+    if residual_MN is not None and bias_N is None:
+        return torch.addmm(residual_MN, x_MK, weight_NK.T)
     y_MN = F.linear(x_MK, weight_NK, bias_N)
     if swiglu:
         y_MN = gated(y_MN)

@@ -46,6 +46,9 @@ class Grant:
 
 Draft = Callable[[Row, int], list[int]]
 
+Retire = Callable[[list[int], int], None]
+"""Told of the pages and of the line, -1 for none, that a row leaves."""
+
 
 class Scheduler:
     """Waiting and running rows, and the pages that they hold."""
@@ -56,6 +59,10 @@ class Scheduler:
         self.running: list[Row] = []
         """Both in the order in which the rows came."""
         self.preemptions = 0
+        self.retire: Retire = self.give_back
+        """A loop that runs ahead of its device gives back later what it may still write to."""
+        self.margin = 1
+        """Pages that are left free for every running row when another is admitted."""
         self._lines = list(range(max_rows - 1, -1, -1))
 
     def add(self, row: Row) -> None:
@@ -72,10 +79,10 @@ class Scheduler:
         spare = self.max_slots - len(grants)
         # Forced strings first: their rows draw again in this very step.
         for grant in sorted(grants, key=lambda g: g.row.pending > PAGE_SIZE):
-            spare -= self._extend(grant, spare)
-        while spare and (row := self._admit()) is not None:
+            spare -= self.extend(grant, spare)
+        while spare and (row := self.admit()) is not None:
             grant = Grant(row, 0)
-            spare -= self._extend(grant, spare)
+            spare -= self.extend(grant, spare)
             grants.append(grant)
         if draft is not None:
             for grant in grants:
@@ -87,11 +94,11 @@ class Scheduler:
         for row in list(self.running):
             if row.line < 0:  # preempted by an older one just now
                 continue
-            if self._reach(row, len(row.ids) - row.pending + 1):
+            if self.reach(row, len(row.ids) - row.pending + 1):
                 grants.append(Grant(row, 1))
         return grants
 
-    def _extend(self, grant: Grant, spare: int) -> int:
+    def extend(self, grant: Grant, spare: int) -> int:
         """Gives a row more slots, as far as pages are free; returns how many."""
         row = grant.row
         start = len(row.ids) - row.pending
@@ -100,7 +107,7 @@ class Scheduler:
         more = max(0, min(more, have - start - grant.count))
         grant.count += more
         self._grow(row, start + grant.count)
-        self._name(row, start + grant.count)
+        self.name(row, start + grant.count)
         return more
 
     def _draft(self, grant: Grant, draft: Draft, spare: int) -> int:
@@ -115,7 +122,7 @@ class Scheduler:
 
     # -- pages ------------------------------------------------------------------------------
 
-    def _admit(self) -> Row | None:
+    def admit(self) -> Row | None:
         """The first waiting row starts, if a line and the pages for all of its tokens are free."""
         if not self._lines or not self.waiting:
             return None
@@ -123,7 +130,8 @@ class Scheduler:
         forked = bool(row.pages)
         if not forked:
             self._take_over(row)
-        needed = -(-(len(row.ids) + 1) // PAGE_SIZE) - len(row.pages) + len(self.running)
+        needed = -(-(len(row.ids) + 1) // PAGE_SIZE) - len(row.pages)
+        needed += self.margin * len(self.running)
         others = [r for r in self.waiting[1:] if r.pages]
         while self.pages.available < needed and others:
             self._release(others.pop())  # branches that hold what they were forked from
@@ -152,7 +160,7 @@ class Scheduler:
         if not row.steps:  # not what a preempted row gets back of its own
             row.taken_over = row.cached
 
-    def _name(self, row: Row, cached: int) -> None:
+    def name(self, row: Row, cached: int) -> None:
         """Names the pages that are full when this step is done. Rows planned after this one may
         share them in the same step already: a layer writes all keys before any row attends."""
         stop = min(cached, row.stable)
@@ -162,8 +170,15 @@ class Scheduler:
             self.pages.name(row.pages[row.named], row.name)
             row.named += 1
 
-    def _reach(self, row: Row, length: int) -> bool:
-        """Makes room for one more token; False if the row itself had to give way."""
+    def fits(self, row: Row, length: int) -> bool:
+        """Whether the row has the pages for a length, or takes those that are free now."""
+        if -(-length // PAGE_SIZE) - len(row.pages) > self.pages.available:
+            return False
+        self._grow(row, length)
+        return True
+
+    def reach(self, row: Row, length: int) -> bool:
+        """Makes room up to a length; False if the row itself had to give way."""
         while len(row.pages) * PAGE_SIZE < length and not self.pages.available:
             holders = [r for r in (*self.running, *self.waiting) if r.pages]
             last = max(holders, key=_order)
@@ -196,13 +211,17 @@ class Scheduler:
         self._release(row)
 
     def _release(self, row: Row) -> None:
-        """Gives back all that the row holds; it may compute its tokens anew."""
-        self.pages.drop(row.pages)
-        row.pages, row.cached, row.named, row.name = [], 0, 0, b""
-        if row.line >= 0:
-            self.cache.table[row.line] = 0
-            self._lines.append(row.line)
-            row.line = -1
+        """The row leaves all that it holds; it may compute its tokens anew."""
+        pages, line = row.pages, row.line
+        row.pages, row.cached, row.named, row.name, row.line = [], 0, 0, b"", -1
+        self.retire(pages, line)
+
+    def give_back(self, pages: list[int], line: int) -> None:
+        """Pages and a line that a row has left are free for others."""
+        self.pages.drop(pages)
+        if line >= 0:
+            self.cache.table[line] = 0
+            self._lines.append(line)
 
     def fork(self, source: Row, branch: Row, length: int) -> None:
         """The branch takes over the first `length` positions of a row: its full pages are shared,

@@ -28,19 +28,43 @@ from s1fast.model import Model, ModelConfig
 class Ranks:
     """The ranks that share a model: all of torch.distributed's default group, set up before.
 
+    Args:
+        one_shot: the sums of a decoding step by symmetric memory, each rank reading all others'
+            parts at once, which for a few KB is faster than NCCL. GPUs of one node alone.
+
     Raises:
-        InputError: torch.distributed is not set up.
+        InputError: torch.distributed is not set up, or one_shot without NCCL.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, one_shot: bool = False) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise InputError("ranks: torch.distributed is not set up; start with torchrun")
         # An idle engine waits for its next request as long as that takes.
-        self.group: Any = dist.new_group(timeout=timedelta(days=365))
+        forever = timedelta(days=365)
+        self.group: Any = dist.new_group(timeout=forever)
+        # Orders go from host to host: over NCCL they would wait for the steps that are under way.
+        alike = dist.get_backend(self.group) == "gloo"
+        self._hosts: Any = self.group if alike else dist.new_group(timeout=forever, backend="gloo")
+        if one_shot and alike:
+            raise InputError("ranks: one_shot sums are of GPUs; the process group is gloo's")
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self._one_shot = one_shot
+        self._part: Tensor | None = None
+
+    def sum_small(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes ready for one-shot sums of up to so many elements, if they were asked for."""
+        if self._one_shot:
+            from torch.distributed import _symmetric_memory as symmetric
+
+            self._part = symmetric.empty(numel, dtype=dtype, device=device)
+            symmetric.rendezvous(self._part, self.group.group_name)
 
     def reduce(self, partial_TD: Tensor) -> Tensor:
         """Sum over all ranks, the same bits on each."""
+        if self._part is not None and partial_TD.numel() <= self._part.numel():
+            return torch.ops.symm_mem.one_shot_all_reduce_copy(
+                self._part, partial_TD, "sum", self.group.group_name
+            )
         dist.all_reduce(partial_TD, group=self.group)
         return partial_TD
 
@@ -52,14 +76,15 @@ class Ranks:
     def share(self, orders: Any) -> Any:
         """Rank 0's orders."""
         box = [orders]
-        dist.broadcast_object_list(box, 0, group=self.group)
+        dist.broadcast_object_list(box, 0, group=self._hosts)
         return box[0]
 
     def close(self) -> None:
         """Ends the group with its threads: one that Python's own end meets would abort it."""
         if self.group is not None:
-            dist.destroy_process_group(self.group)
-            self.group = None
+            for group in {self.group, self._hosts}:
+                dist.destroy_process_group(group)
+            self.group = self._hosts = None
 
 
 def shard_config(config: ModelConfig, count: int, where: str) -> ModelConfig:

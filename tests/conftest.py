@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -184,6 +185,15 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(demanded, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_memory() -> Iterator[None]:
+    """Gives back what a test took: several processes may share the device."""
+    yield
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.hookimpl(trylast=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 import mutations_adamw
 import mutations_attention
 import mutations_csrc
+import mutations_decode
 import mutations_loss
 import mutations_memory_bound
 from mutation import Mutation
@@ -37,6 +38,7 @@ MUTATIONS = (
     *mutations_attention.MUTATIONS,
     *mutations_memory_bound.MUTATIONS,
     *mutations_adamw.MUTATIONS,
+    *mutations_decode.MUTATIONS,
     *mutations_csrc.MUTATIONS,
 )
 

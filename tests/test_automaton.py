@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -327,3 +328,26 @@ def test_what_may_be_taken_back_is_unsure() -> None:
     for token, unsure in [(40, 0), (30, 1), (31, 2), (40, 0)]:
         automaton.step(token)
         assert automaton.unsure >= unsure and (automaton.unsure > 0) == (unsure > 0)
+
+
+def test_masks_stay_away_until_the_next_ignored_end() -> None:
+    """Of random programs: ids are masked only where `masks` says so, and once it does not, only a
+    Wait brings it back."""
+    over = 0
+    for seed in range(300):
+        case = random_case(seed)
+        last: list[tuple[int, bool]] = []
+
+        def watch(automaton: Automaton, last: list[tuple[int, bool]] = last) -> None:
+            assert automaton.masks or not automaton.masked
+            if last and last[-1][0] == automaton.waits:
+                assert last[-1][1] or not automaton.masks
+            last.append((automaton.waits, automaton.masks))
+
+        play(
+            case.program,
+            lambda a, _, case=case: case.draw(a.generated, tuple(a.masked)),  # type: ignore[misc]
+            lambda trace, watch=watch: watch(trace.automaton),  # type: ignore[misc]
+        )
+        over += any(before and not after for (_, before), (_, after) in pairwise(last))
+    assert over > 30

@@ -426,6 +426,19 @@ def test_png_is_one(whole: Path) -> None:
     assert pixels.shape[0] > 400 and pixels.shape[1] > 400 and pixels.std() > 0.05
 
 
+@pytest.mark.parametrize(
+    ("peers", "names"),
+    [(("none",), ["s1fast"]), (("eager", "liger fp32"), ["s1fast", "torch eager", "liger fp32, "])],
+)
+def test_peers_can_be_chosen(peers: tuple[str, ...], names: list[str], work: Path) -> None:
+    output = work / f"peers-{len(peers)}"
+    kernels.run(kernels.KernelsConfig(shape=("T96",), peers=peers, output=output))
+    (path,) = output.glob("kernels-*.json")
+    found = by_provider(json.loads(path.read_text()))
+    assert len(found) == len(names)
+    assert all(name.startswith(start) for name, start in zip(found, names, strict=True))
+
+
 def test_against_shows_errors(narrow: dict[str, Any]) -> None:
     """A right function is right, one wrong row is seen, and no failure ends the run."""
     found = by_provider(narrow)
@@ -629,6 +642,10 @@ def test_readme_is_generated(tmp_path: Path) -> None:
         (["--shape", "T4xD0"], "--shape: 'T4xD0': D must be at least 1"),
         (["--shape", "T4xmasked101"], "--shape: 'T4xmasked101': masked is a percentage"),
         (["--shape", "T999999999999", "--once"], "--shape: T999999999999xD32xV500 cannot be made"),
+        (
+            ["--peers", "eager", "nope"],
+            "--peers: none is called 'nope'; there are cut-cross",
+        ),
         (["--against", "plugin"], "--against: 'plugin' is not of the form module:function"),
         (["--against", "no_such:f"], "--against: no_such:f: ModuleNotFoundError"),
         (["--against", "plugin:nope"], "--against: plugin:nope: AttributeError"),
@@ -677,6 +694,7 @@ def test_both_parsers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         "",
         "--op linear_cross_entropy --shape T4 D5xV6 --against a:b c:d --output out",
         "--once --shape T4xmasked50",
+        "--peers eager liger --op gemv",
         "--compare a.json b.json",
     ):
         for start in (["kernels.py"], ["s1fast", "bench", "kernels"]):

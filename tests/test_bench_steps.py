@@ -108,12 +108,21 @@ def problem() -> Iterator[single_gpu_sft.Problem]:
 
 
 def test_every_variant_is_listed_with_its_time_or_its_reason() -> None:
-    lines = single_gpu_sft.report(True, CPU, save_result=False)
+    lines = single_gpu_sft.report(make(True, CPU), save_result=False)
     assert sum("transformers, " in line for line in lines) == 16
     timed = [line for line in lines if "s/step" in line]
     assert len(timed) == 5 and "s1fast" in timed[0]
     assert all("RuntimeError: timed on a GPU only" in line for line in lines[6:18])
     assert "ours over the best of theirs" in lines[-1]
+
+
+def test_peers_can_be_chosen() -> None:
+    problem = make(True, CPU, "1.5B", "full")
+    assert (problem.config.recompute, problem.model.num_attention_heads) == ("full", 4)
+    lines = single_gpu_sft.report(problem, ["sdpa, one sequence, recompute"], save_result=False)
+    assert [line for line in lines if "s/step" in line][1].split("  ")[1].endswith("recompute")
+    lines = single_gpu_sft.report(problem, [], save_result=False)
+    assert not any("transformers" in line for line in lines)
 
 
 def test_transformers_keeps_packed_sequences_apart(problem: single_gpu_sft.Problem) -> None:

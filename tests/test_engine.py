@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine_checks import BUDGETS, check_same, eventually_idle, soak
 from s1fast.budget import Budget
 from s1fast.chat import Chat
 from s1fast.decoder import Engine, SamplingParams
@@ -23,7 +23,6 @@ from s1fast.handle import Cancelled, Handle
 from s1fast.kv_cache import PAGE_SIZE
 from s1fast.loop import Loop
 from s1fast.request import Completion, Piece, Request
-from s1fast.row import Row
 from writers import Ascii, check_equal, prompts_of, sampled
 
 MakeModel = Callable[..., Path]
@@ -37,40 +36,6 @@ def restless(make_model: MakeModel) -> Ascii:
 @pytest.fixture(scope="module")
 def writer(make_model: MakeModel) -> Ascii:
     return Ascii(make_model("qwen2", seed=4), end=0.0)
-
-
-BUDGETS: list[Budget | None] = [
-    None,
-    Budget(max_thinking_tokens=30, num_ignore=2),
-    Budget(max_thinking_tokens=12),
-    Budget(max_thinking_tokens=9, num_ignore=3, accounting="harness"),
-    Budget(min_thinking_tokens=20, ignore_text=["Wait, the sum of the two", "is\n"], num_ignore=1),
-]
-PARAMS = [
-    SamplingParams(max_tokens=50),
-    SamplingParams(max_tokens=50, temperature=0.6, seed=9),
-    SamplingParams(max_tokens=50, temperature=0.8, top_k=8, top_p=0.9, min_p=0.01, stop=["e"]),
-]
-
-
-WANTED: dict[tuple[Path, int, int], list[Completion]] = {}
-"""What each writer's own engine gave, made once."""
-
-
-def check_same(writer: Ascii, engine: Engine) -> None:
-    """The engine gives what the writer's own gives, for every kind of request, up to ties."""
-    prompts, equal = writer.prompts(3, 70, 25), []
-    for b, budget in enumerate(BUDGETS):
-        for p, params in enumerate(PARAMS):
-            key = writer.folder, b, p
-            if key not in WANTED:
-                WANTED[key] = writer.engine.generate(prompts, params, budget)
-            found = engine.generate(prompts, params, budget)
-            assert len(found) == len(WANTED[key])
-            pairs = zip(WANTED[key], found, strict=True)
-            equal += [check_equal(writer, *pair, params) for pair in pairs]
-    assert sum(equal) >= 0.95 * len(equal), "too many ties to prove anything"
-    assert engine.pages.held == 0
 
 
 # -- what must not change the output --------------------------------------------------------
@@ -267,14 +232,6 @@ def test_the_first_to_come_is_the_first_to_be_served(writer: Ascii) -> None:
 # -- cancellation and failure ---------------------------------------------------------------
 
 
-def eventually_idle(engine: Engine) -> None:
-    for _ in range(2000):
-        if engine.pages.held == 0 and engine._thread is None:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{engine.pages.held} pages are still held")
-
-
 def test_whoever_stops_reading_frees_the_pages(writer: Ascii) -> None:
     engine = Engine(writer.folder)
     (prompt,) = prompts_of(writer.chat, 30)
@@ -375,60 +332,6 @@ def test_an_idle_engine_has_no_thread_and_can_be_forgotten(writer: Ascii) -> Non
 # -- a soak ---------------------------------------------------------------------------------
 
 
-def soak(writer: Ascii, requests: int, seed: int) -> None:
-    """Random requests in random order, a third of them cancelled at random; nothing is left."""
-    engine = Engine(
-        writer.folder, cache_tokens=800, max_batch=12, step_tokens=48, speculate=seed % 3
-    )
-    rng = random.Random(seed)
-    open_: list[tuple[Handle, int]] = []
-    finished = cancelled = most_held = 0
-    for number in range(requests):
-        budget = rng.choice(BUDGETS)
-        tree = budget is not None and rng.random() < 0.2
-        params = SamplingParams(
-            max_tokens=rng.choice((45, 60)),
-            temperature=rng.choice((0.0, 0.7)),
-            n=rng.choice((1, 1, 2)),
-            seed=number,
-            logprobs=rng.choice((None, None, 1)),
-        )
-        (prompt,) = writer.prompts(rng.choice((2, 5, 20, 60)))
-        request = Request(
-            prompt=prompt,
-            params=params,
-            budget=budget,
-            budgets=[20, 33] if tree else None,
-            num_ignores=[0, 1] if tree and rng.random() < 0.5 else None,
-        )
-        cells = len(request.grid())
-        open_.append((engine.submit(request), params.n * cells))
-        if rng.random() < 0.35:
-            handle, _ = open_.pop(rng.randrange(len(open_)))
-            handle.cancel()
-            cancelled += 1
-        while len(open_) > 24:
-            handle, count = open_.pop(0)
-            assert len(handle.result()) == count
-            finished += 1
-        most_held = max(most_held, engine.pages.held)
-    for handle, count in open_:
-        assert len(handle.result()) == count
-    eventually_idle(engine)
-    assert finished > requests // 3 and cancelled > requests // 5
-    assert 0 < most_held <= 50
-    scheduler = engine._loop.scheduler
-    assert not (scheduler.waiting or scheduler.running or engine._handles or engine._cancelled)
-    assert sorted(scheduler._lines) == list(range(12))
-    assert not scheduler.cache.table.any()
-    assert engine.pages.available == engine.pages.count - 1
-    assert sum(engine.pages._holders) == 0 and len(engine.pages._page_of) <= 50
-    del open_, handle
-    gc.collect()
-    alive = [x for x in gc.get_objects() if isinstance(x, Row | Handle)]
-    assert len(alive) <= 2, "finished rows are still in memory"
-
-
 def test_soak(restless: Ascii) -> None:
     soak(restless, 500, seed=1)
 
@@ -468,6 +371,24 @@ def test_what_can_never_fit_the_cache_is_refused(writer: Ascii) -> None:
     with pytest.raises(InputError, match="max_tokens 60"):
         engine.generate(prompts, SamplingParams(max_tokens=60))
     assert len(engine.generate(prompts, SamplingParams(max_tokens=54))[0].token_ids) == 54
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_without_preemption_what_may_not_fit_is_refused(writer: Ascii, loop: Any) -> None:
+    """Before it is begun, and until others are done; what is taken runs to its end undisturbed."""
+    engine = Engine(writer.folder, cache_tokens=160, preempt=False, loop=loop)
+    params = SamplingParams(max_tokens=54)
+    prompts = prompts_of(writer.chat, 9, 9, 9)
+    with pytest.raises(InputError, match=r"preempt: without it 12 pages .* beside 0 .* has 10"):
+        engine.generate(prompts, params)
+    first = engine.submit(Request(prompt=prompts[0], params=params))
+    second = engine.submit(Request(prompt=prompts[1], params=params))
+    with pytest.raises(InputError, match=r"4 pages .* beside 8 for others, and the cache has 10"):
+        engine.submit(Request(prompt=prompts[2], params=params))
+    for handle in (first, second):
+        assert len(handle.result()[0].token_ids) == 54
+    assert len(engine.generate(prompts[2:], params)[0].token_ids) == 54
+    assert engine.stats.preemptions == 0
 
 
 @pytest.mark.parametrize("logprobs", [-1, 101, 2.0, True])

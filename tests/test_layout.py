@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"errors", "files", "markers"},
     "snapshot": {"errors", "files", "ranks", "slices", "tensor_files"},
     "snapshot_writer": {"errors", "files", "ranks", "slices", "snapshot", "tensor_files"},
-    "automaton": {"errors"},
+    "automaton": {"errors", "kernels"},
     "budget": {"automaton", "chat", "errors"},
     "balance": set(),
     "build": {"errors", "files"},
@@ -76,9 +76,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tree": {"automaton", "request", "row"},
     "loop": {"automaton", "kernels", "kv_cache", "model", "request", "row", "scheduler"}
     | {"speculate", "tree"},
+    "graphs": {"errors"},
+    "decode_step": {"kernels", "kv_cache", "matmul", "model"},
+    "device": {"decode_step", "graphs", "kernels", "kv_cache", "matmul", "model", "row"},
+    "captured": {"decode_step", "device", "kv_cache", "loop", "request", "row", "scheduler"},
     "handle": {"request"},
-    "decoder": {"budget", "chat", "checkpoint", "errors", "handle", "hub", "kv_cache", "loop"}
-    | {"markers", "model", "request", "row", "tensor_parallel", "tree"},
+    "decoder": {"budget", "captured", "chat", "checkpoint", "device", "errors", "graphs", "handle"}
+    | {"hub", "kv_cache", "loop", "markers", "matmul", "model", "request", "row"}
+    | {"tensor_parallel", "tree"},
     "console": {"decoder", "request"},
     "demo_tasks": {"files"},
     "demo": {
@@ -95,9 +100,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "grading": {"errors"},
     "recipes": {"budget", "chat", "decoder", "errors", "files", "grading", "hub", "recipes"}
     | {"rows"},
-    "bench": {"balance", "bench", "chat", "config", "decoder", "errors", "files", "kernels"}
-    | {"matmul", "metrics", "model", "packing", "parallel", "plan", "planner", "published", "rates"}
-    | {"step"},
+    "bench": {"automaton", "balance", "bench", "captured", "chat", "config", "decoder", "device"}
+    | {"errors", "files", "kernels", "kv_cache", "matmul", "metrics", "model", "packing"}
+    | {"parallel", "plan", "planner", "published", "rates", "request", "row", "step", "tree"},
     "tasks": {"errors", "files", "hub", "rows"},
     "scaling": set(),
     "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "request", "tasks"},

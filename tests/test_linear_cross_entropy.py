@@ -183,7 +183,8 @@ def test_bf16_sums_over_chunks(device: str, accum_dtype: torch.dtype | None) -> 
     if accum_dtype is None:
         assert ROUNDING[torch.bfloat16] / 2 < error <= 20 * ROUNDING[torch.bfloat16]
     else:
-        assert error <= ROUNDING[torch.bfloat16] / 2  # where both round, they mostly agree
+        # A GPU's product of one row sums in another order than that of all: logits round otherwise.
+        assert error <= ROUNDING[torch.bfloat16] * (1 if device == "cuda" else 0.5)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -382,7 +383,8 @@ def test_rows_beyond_int32(device: str) -> None:
     wanted_CV, wanted_C = logits_and_gradient(device, small_CV, label_C, weight_C)
     logprob_C = rows.softmax_gradient_(logits_CV, label_C.to(device), weight_C.to(device))
     assert torch.equal(logits_CV.cpu(), wanted_CV)
-    assert torch.equal(logprob_C.cpu(), wanted_C)
+    # Rows that are no multiple of 16 apart are read by other vectors, so summed in another order.
+    torch.testing.assert_close(logprob_C.cpu(), wanted_C, rtol=2**-21, atol=0)
 
 
 def test_first_and_last_class(device: str) -> None:

@@ -13,7 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from s1fast.kernels.sample import FIXED_POINT, gumbel, keep_mask, philox, sample
+from s1fast.kernels.sample import (
+    FAR,
+    FIXED_POINT,
+    distance,
+    fixed_point,
+    gumbel,
+    keep_mask,
+    philox,
+    sample,
+    share_of,
+    weight,
+)
 
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -202,7 +213,7 @@ def kept_by_hand(logits: Tensor, top_k: int, top_p: float, min_p: float) -> set[
     if top_k and top_k < len(values):
         kth = sorted((values[i] for i in ids), reverse=True)[: max(1, top_k)][-1]
         ids = [i for i in ids if values[i] >= kth]
-    # Relative probabilities in fp32, as documented; from there on nothing rounds.
+    # Weights by exp: the polynomial's are as good, and no share here is nearer to a sum.
     relative = (logits - logits.max()).exp().double()
     weight = {i: int(Fraction(float(relative[i])) * FIXED_POINT) for i in ids}
     kept = set(ids)
@@ -218,6 +229,35 @@ def kept_by_hand(logits: Tensor, top_k: int, top_p: float, min_p: float) -> set[
     if min_p > 0.0:
         kept = {i for i in kept if Fraction(weight[i], FIXED_POINT) >= Fraction(min_p)}
     return kept
+
+
+def test_weights_are_powers_of_two() -> None:
+    """Every fraction of a bit, and every whole one: within the polynomial's 1.3e-7 and a rounding
+    down; less at every step within 2^-20 of a bit, so that order is kept."""
+    fraction = torch.arange(1 << 20)
+    exact = torch.exp2(30 - fraction.double() / (1 << 20))
+    assert ((weight(fraction) - exact).abs() / exact).max() < 1.4e-7
+    assert (weight(fraction).diff() < 0).all() and int(weight(fraction[-1])) > FIXED_POINT // 2
+    for bits in range(32):
+        assert int(weight(torch.tensor(bits << 20))) == FIXED_POINT >> bits
+        part = fraction[:: 1 << 12] + (bits << 20)
+        assert torch.equal(weight(part), weight(fraction[:: 1 << 12]) >> bits)
+    assert int(weight(torch.tensor(FAR))) == 0
+
+
+def test_distances_are_whole_parts_of_a_bit() -> None:
+    logits_V = torch.tensor([3.0, 3.0 - math.log(2), -math.inf, 2.0, 3.0 - 31 * math.log(2), 3.0])
+    found = distance(logits_V).tolist()
+    assert (found[0], found[2], found[4], found[5]) == (0, FAR, FAR, 0)
+    # fp32 logits near 3 are 2.4e-7 apart, a third of a distance.
+    assert abs(found[1] - (1 << 20)) <= 1 and found[3] == int((1 << 20) / math.log(2))
+
+
+@pytest.mark.parametrize("total", [0, 1, 5, (1 << 30) - 1, 1 << 30, 152_064 << 30])
+def test_a_share_is_rounded_up(total: int) -> None:
+    for share in (0.0, 1e-9, 0.3, 0.95, 1.0):
+        exact = Fraction(fixed_point(share), FIXED_POINT) * total
+        assert share_of(total, fixed_point(share)) == math.ceil(exact)
 
 
 SETTINGS = [

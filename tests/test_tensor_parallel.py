@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from engine_checks import run_ranks
 from s1fast.budget import Budget
 from s1fast.checkpoint import read_config
 from s1fast.decoder import Completion, Engine, SamplingParams
@@ -69,22 +66,7 @@ def test_two_ranks_equal_one(make_model: MakeModel, tmp_path: Path) -> None:
     """Greedy, sampled, a tree, drafts, a cancellation; each rank holds half of every layer."""
     writer = Ascii(make_model("qwen2", seed=3), end=1.8)
     prompts, out = writer.prompts(3, 30, 11), tmp_path / "found.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        env |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", RANK, str(writer.folder), json.dumps(prompts), str(out)]
-        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in ranks:
-            _, said = process.communicate(timeout=300)
-            assert process.returncode == 0, said
-    finally:
-        for process in ranks:
-            process.kill()
+    run_ranks(RANK, [str(writer.folder), json.dumps(prompts), str(out)])
     written = json.loads(out.read_text())
     config = read_config(writer.folder)
     sizes, half = written["sizes"], config.intermediate_size // 2

@@ -1,0 +1,88 @@
+"""bench/decode.py runs, and what it sets up is what it says."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from s1fast.bench import decode, decode_peers
+from s1fast.bench.decode_setup import (
+    Setup,
+    config_of,
+    made_up_chat,
+    plain,
+    random_ids,
+    random_model,
+    setup,
+    step_bytes,
+)
+from s1fast.published import qwen
+from s1fast.request import SamplingParams
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small() -> Iterator[Setup]:
+    config = config_of("small")
+    with torch.inference_mode():
+        model, chat = random_model(config, CPU), made_up_chat(config.vocab_size)
+        yield setup(model, chat, max_rows=8, positions=4096, choice="torch", reuse=True)
+
+
+def test_every_case_but_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "read_gb_s", lambda: 20.0)
+    options = argparse.Namespace(
+        only=["step", "intervention", "forced", "tree", "latency"],
+        batch=[1, 3],
+        context=[128, 256],
+        matmul=["torch"],
+        small=True,
+        fraction=0.005,
+        profile=False,
+    )
+    with torch.inference_mode():
+        results = decode.run(options)
+    found = {(row["case"], row.get("batch")): row for row in results["rows"]}
+    assert results["not_fitting"] == [] and found["step", 3]["context"] == 256
+    assert found["intervention", None]["interventions"] > 16
+    forced = found["forced", None]
+    assert forced["long_steps"] == forced["short_steps"] + 3  # 24 tokens in eight slots
+    assert found["latency", None]["waits"] == 2 and found["latency", None]["client_rounds"] == 4
+    assert len(found["tree", None]["budgets"]) == 6
+
+
+def test_rows_stand_at_their_context(small: Setup) -> None:
+    row = small.add(random_ids(100, 512, 0), [plain(5, 5)], SamplingParams())
+    small.loop.step()
+    assert small.loop.stats.steps == 1  # no chunk was computed
+    (done,) = small.run()
+    assert len(done.token_ids) == 5 and row.done
+    assert small.pages.held == 0
+
+
+def test_bytes_of_a_step() -> None:
+    """Of Qwen2.5-32B: all weights but the embedding table in bf16, and 256 KiB a position."""
+    weights = step_bytes(qwen("32B"), torch.bfloat16, 1, 0)
+    assert weights == pytest.approx(63.97e9, rel=1e-3)
+    assert step_bytes(qwen("32B"), torch.bfloat16, 2, 10) - weights == 20 * 256 * 1024
+
+
+def test_peers_take_our_weights(small: Setup) -> None:
+    """The plain loop draws what ours would, from the same state; both peers take a step."""
+    peer = decode_peers.PlainLoop(small.model, 1, 40)
+    ids = random_ids(41, 512, 3)
+    peer.token_B.fill_(ids[0])
+    peer.position.zero_()
+    for token in ids[1:]:
+        peer.step()
+        peer.token_B.fill_(token)
+    peer.step()
+    small.add(ids, [plain(1, 1)], SamplingParams(), cached=False)
+    (done,) = small.run()
+    assert peer.token_B.tolist() == done.token_ids
+    for run in (decode_peers.plain_captured, decode_peers.transformers_static):
+        assert run(small.model, 2, 30)["step_ms"] > 0

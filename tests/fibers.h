@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -57,6 +58,7 @@ struct Fiber {
   bool done = false;
   uint32_t fragment[6];  // what this lane brings to a product of its warp
   int word;              // what it brings to an exchange
+  const void* row;       // where it points
   std::vector<Copy> copies;              // asked for, their group not ended
   std::deque<std::vector<Copy>> groups;  // ended, and not done
 };
@@ -233,6 +235,7 @@ inline void copy_once(void* to, const void* from, bool here) {
   else
     fibers::threads[fibers::current].copies.push_back(copy);
 }
+inline void copy_kept(void* to, const void* from, bool here) { copy_once(to, from, here); }
 inline void end_of_group() {
   fibers::Fiber& fiber = fibers::threads[fibers::current];
   fiber.groups.push_back(std::move(fiber.copies));
@@ -245,18 +248,15 @@ void wait_for_groups() {
     for (const fibers::Copy& copy : groups.front()) fibers::perform(copy);
 }
 
-inline uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
-inline uint4 load_constant(const void* from) { return load(from); }
-inline void prefetch(const void* from, uint32_t bytes) {  // a sanitizer sees what is not there
-  if (uintptr_t(from) % 16 || bytes % 16 || bytes == 0) fibers::fail("a prefetch of no whole pieces");
-  volatile uint32_t seen = 0;
-  for (uint32_t i = 0; i < bytes; i += 16) seen = seen + load(static_cast<const char*>(from) + i).w;
-}
-
 inline void launch_dependents() {}
 inline void dependency_wait() {
   if (!fibers::block->waited && fibers::on_dependency) fibers::on_dependency();
   fibers::block->waited = true;
+}
+
+template <class T>
+T kept(T value) {
+  return value;
 }
 
 inline float as_float(uint32_t bits) {
@@ -296,6 +296,20 @@ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
     product |= rounded << 16 * i;
   }
   return product;
+}
+
+// Of the lane's pointers only the four that it reads by are looked at, after all lanes have met.
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  if (uintptr_t(row) % 16) fibers::fail("a matrix's row that does not begin at a multiple of 16");
+  fibers::threads[fibers::current].row = row;
+  __syncwarp();
+  const int first = fibers::current / fibers::WARP * fibers::WARP;
+  const int group = fibers::current % fibers::WARP / 4, quarter = fibers::current % 4;
+  for (int i = 0; i < 4; ++i) {
+    const void* from = fibers::threads[first + 8 * i + group].row;
+    std::memcpy(&to[i], static_cast<const char*>(from) + 4 * quarter, 4);
+  }
+  __syncwarp();
 }
 
 // The layout of fragments is that of hopper.cuh's comment.

@@ -47,8 +47,8 @@ constexpr int WARPS = 8;      // that stream
 constexpr int BLOCKS = 1;     // on a multiprocessor
 constexpr int KERNELS = 2;    // of which a multiprocessor has blocks at a time: this and the next
 constexpr int FRAGMENTS = 2;  // of 16 rows in a tile: what is read of x serves all of them
-constexpr int COLUMNS = 32;   // of a step: half a line of memory, or a whole one
-constexpr int DEPTH = 3;      // steps that a warp has asked for and not used
+constexpr int COLUMNS = 64;   // of a step: half a line of memory, or a whole one
+constexpr int DEPTH = 2;      // steps that a warp has asked for and not used
 
 constexpr int THREADS = 32 * (WARPS + 1);
 constexpr int ROWS = 16 * FRAGMENTS;       // of weights in a tile
@@ -186,16 +186,13 @@ struct Walk {
 template <bool NORM, bool SWIGLU, class Weight>
 struct Asking {
   Walk at;
-  int left;             // steps
   int outputs;          // from the one of the lane's first place on
   const char* rows[2];  // where the weights of its first even and odd place begin
   const uint16_t *x, *norm;
-  int apart;                // bytes from a row to the next
-  int to[8 / ROUND];        // where the lane's piece goes, in bytes: of rows whose banks differ
-  bool reads_norm;
+  int apart;          // bytes from a row to the next
+  int to[8 / ROUND];  // where the lane's piece goes, in bytes: of rows whose banks differ
 
-  __device__ __forceinline__ Asking(const Gemv& g, int warp, int lane, int begin, int end)
-      : at(g.plan, begin + warp), left((end - begin - warp + WARPS - 1) / WARPS) {
+  __device__ __forceinline__ Asking(const Gemv& g, int lane, int start) : at(g.plan, start) {
     const int row = lane / PIECES, piece = lane % PIECES;
     x = kept(g.x + row * g.x_stride + piece * 8);
     norm = kept(g.norm + piece * 8);
@@ -231,7 +228,7 @@ struct Asking {
                 rows[odd] + Weight::row_bytes(column) + further * int64_t(apart),
                 further + (SWIGLU ? 0 : odd) < there);
     }
-    if (NORM && lane < PIECES) copy_kept(&slot.norm[lane], norm + column, here);
+    if (NORM && lane < PIECES) copy_kept(place(slot.norm, 0), norm + column, here);
   }
 
   // The tokens; those that are not live are zeros.
@@ -245,7 +242,6 @@ struct Asking {
   }
 
   __device__ __forceinline__ void next(const Gemv& g, int lane) {
-    --left;
     if (at.next(g.plan)) find_rows(g, lane);
   }
 };
@@ -255,50 +251,48 @@ struct Running {
   float product[FRAGMENTS][4] = {}, squares[4] = {};
 };
 
-// Where the rows are that a lane points at, in bytes of a slot: row lane % 8 of matrix lane / 8.
+// Where the rows are that a lane points at, in bytes of a slot: row lane % 8 of matrix lane / 8, and
+// piece 0 ... 3. Four pieces further is 64 bytes away, up or down.
 struct Pointing {
-  int weights[PIECES / 2], x, norm;
+  int weights[2], x, norm;
 
   __device__ __forceinline__ explicit Pointing(int lane) {
     const int row = lane % 8, matrix = lane / 8, piece_bytes = int(sizeof(uint4));
     x = kept(int(offsetof(Slot, x)) + piece_bytes * position(row, matrix));
     norm = kept(int(offsetof(Slot, norm)) + piece_bytes * matrix);
-    for (int i = 0; i < PIECES / 2; ++i)
+    for (int i = 0; i < 2; ++i)
       weights[i] = kept(piece_bytes * position(matrix % 2 * 8 + row, 2 * i + matrix / 2));
   }
 };
 
-// A step as the tensor cores take it: pairs of columns, of each piece the one of the lane.
+// 32 columns of a step as the tensor cores take them: of each of four pieces the lane's pair.
 template <bool NORM, class Weight>
 struct Taken {
-  uint32_t weights[FRAGMENTS][PIECES / 2][4], x[PIECES / 4][4], norm[PIECES / 4][4];
+  uint32_t weights[2][FRAGMENTS][4], x[4], norm[4];
 
-  __device__ __forceinline__ Taken(const Slot& slot, const Pointing& at) {
+  __device__ __forceinline__ Taken(const Slot& slot, const Pointing& at, int part) {
     const char* base = reinterpret_cast<const char*>(&slot);
+    load_matrices(x, base + (at.x ^ 64 * part));
+    if (NORM) load_matrices(norm, base + at.norm + 64 * part);
 #pragma unroll
-    for (int i = 0; i < PIECES / 4; ++i) {
-      load_matrices(x[i], base + (at.x ^ 64 * i));
-      if (NORM) load_matrices(norm[i], base + at.norm + 64 * i);
-    }
-#pragma unroll
-    for (int i = 0; i < PIECES / 2; ++i)
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f)
-        Weight::fragment(weights[f][i], base + at.weights[i] + 256 * PIECES * f);
+        Weight::fragment(weights[i][f], base + (at.weights[i] ^ 64 * part) + 256 * PIECES * f);
   }
 
-  __device__ __forceinline__ void multiply(Running& sums) {
+  __device__ __forceinline__ void multiply(Running& sums) const {
 #pragma unroll
-    for (int i = 0; i < PIECES / 2; ++i) {
-      uint32_t &low = x[i / 2][i % 2 * 2], &high = x[i / 2][i % 2 * 2 + 1];
+    for (int i = 0; i < 2; ++i) {
+      uint32_t low = x[2 * i], high = x[2 * i + 1];
       if (NORM) {
         mma(sums.squares, low, 0, high, 0, low, high);
-        low = multiply_pairs(low, norm[i / 2][i % 2 * 2]);
-        high = multiply_pairs(high, norm[i / 2][i % 2 * 2 + 1]);
+        low = multiply_pairs(low, norm[2 * i]);
+        high = multiply_pairs(high, norm[2 * i + 1]);
       }
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f) {
-        const uint32_t(&a)[4] = weights[f][i];
+        const uint32_t(&a)[4] = weights[i][f];
         mma(sums.product[f], a[0], a[1], a[2], a[3], low, high);
       }
     }
@@ -322,9 +316,11 @@ __device__ __forceinline__ void put(const Running& sums, float* record, int lane
 template <bool NORM, bool SWIGLU, class Weight>
 __device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, int lane, int begin,
                                        int end) {
-  Slot* ring = shared.ring[warp];
-  Asking<NORM, SWIGLU, Weight> asking(g, warp, lane, begin, end);
-  const int steps = asking.left;
+  Slot* ring = kept(&shared.ring[warp][0]);
+  const Plan& plan = g.plan;
+  Asking<NORM, SWIGLU, Weight> asking(g, lane, begin + warp);
+  const int steps = (end - begin - warp + WARPS - 1) / WARPS;
+#pragma unroll 1
   for (int i = 0; i < DEPTH; ++i) {
     if (i < steps) {
       asking.for_weights(g, lane, ring[i]);
@@ -336,15 +332,16 @@ __device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, 
   __syncthreads();  // the barriers are there
   dependency_wait();
   const int live = live_tokens(g);
-  Walk used(g.plan, begin + warp), first = used;
-  for (int i = 0; i < DEPTH; ++i, first.next(g.plan)) {
+  Walk used(plan, begin + warp), first = used;
+#pragma unroll 1
+  for (int i = 0; i < DEPTH; ++i, first.next(plan)) {
     if (i < steps) asking.for_tokens(g, first.step, lane, live, ring[i]);
     end_of_group();
   }
 
   const Pointing pointing(lane);
   Running sums;
-  int tile = begin / g.plan.steps_of_tile, turn = 0;
+  int tile = begin / plan.steps_of_tile, turn = 0;
   uint32_t parity = 1;    // at first both sets of sums are empty
   auto hand_over = [&] {  // two sets in turn: one is read while the other is written
     barrier_wait(&shared.empty[turn], parity);
@@ -356,23 +353,28 @@ __device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, 
     turn ^= 1;
     parity ^= turn == 0;
   };
-  for (int at = begin + warp, slot = 0; at < end; at += WARPS) {
+  for (int left = steps, slot = 0; left > 0; --left) {
     while (tile < used.tile) hand_over();
-    used.next(g.plan);
     wait_for_groups<DEPTH - 1>();
     __syncwarp();  // all lanes' copies are there
-    Taken<NORM, Weight> taken(ring[slot], pointing);
-    __syncwarp();  // and taken: the place is free
-    if (asking.left > 0) {
-      asking.for_tokens(g, asking.at.step, lane, live, ring[slot]);
-      asking.for_weights(g, lane, ring[slot]);
-      asking.next(g, lane);
+#pragma unroll
+    for (int part = 0; part < COLUMNS / 32; ++part) {
+      const Taken<NORM, Weight> taken(ring[slot], pointing, part);
+      if (part == COLUMNS / 32 - 1) {
+        __syncwarp();  // all is taken: the place is free
+        if (left > DEPTH) {
+          asking.for_tokens(g, asking.at.step, lane, live, ring[slot]);
+          asking.for_weights(g, lane, ring[slot]);
+          asking.next(g, lane);
+        }
+        end_of_group();
+      }
+      taken.multiply(sums);
     }
-    end_of_group();
-    taken.multiply(sums);
     if (++slot == DEPTH) slot = 0;
+    used.next(plan);
   }
-  while (tile <= (end - 1) / g.plan.steps_of_tile) hand_over();
+  while (tile <= (end - 1) / plan.steps_of_tile) hand_over();
 }
 
 // -- finishing ----------------------------------------------------------------------------------
@@ -457,7 +459,7 @@ __device__ __forceinline__ void finish(const Gemv& g, Shared& shared, int lane, 
   for (int tile = begin / g.plan.steps_of_tile; tile <= last_tile; ++tile) {
     barrier_wait(&shared.full[turn], parity);
     Total total{};
-#pragma unroll
+#pragma unroll 4
     for (int warp = 0; warp < WARPS; ++warp)
       add<NORM>(total, shared.sums[turn][warp], lane, [](auto* from) { return *from; });
     __syncwarp();

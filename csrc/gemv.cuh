@@ -328,8 +328,7 @@ __device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, 
     }
     end_of_group();  // one for each step, though it be empty
   }
-  launch_dependents();
-  __syncthreads();  // the barriers are there
+  __syncthreads();  // the barriers are there, and all warps have asked
   dependency_wait();
   const int live = live_tokens(g);
   Walk used(plan, begin + warp), first = used;

@@ -58,7 +58,8 @@ struct Fiber {
   bool done = false;
   uint32_t fragment[6];  // what this lane brings to a product of its warp
   int word;              // what it brings to an exchange
-  const void* row;       // where it points
+  const void* rows[2];   // where it points, at even and at odd loads
+  int loads = 0;
   std::vector<Copy> copies;              // asked for, their group not ended
   std::deque<std::vector<Copy>> groups;  // ended, and not done
 };
@@ -298,18 +299,18 @@ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return product;
 }
 
-// Of the lane's pointers only the four that it reads by are looked at, after all lanes have met.
+// Nobody waits for the others to have read: a lane may be one load, or a copy, ahead of them.
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   if (uintptr_t(row) % 16) fibers::fail("a matrix's row that does not begin at a multiple of 16");
-  fibers::threads[fibers::current].row = row;
+  const int turn = fibers::threads[fibers::current].loads++ % 2;
+  fibers::threads[fibers::current].rows[turn] = row;
   __syncwarp();
   const int first = fibers::current / fibers::WARP * fibers::WARP;
   const int group = fibers::current % fibers::WARP / 4, quarter = fibers::current % 4;
   for (int i = 0; i < 4; ++i) {
-    const void* from = fibers::threads[first + 8 * i + group].row;
+    const void* from = fibers::threads[first + 8 * i + group].rows[turn];
     std::memcpy(&to[i], static_cast<const char*>(from) + 4 * quarter, 4);
   }
-  __syncwarp();
 }
 
 // The layout of fragments is that of hopper.cuh's comment.

@@ -58,7 +58,7 @@ MUTATIONS = (
         "if (step > plan.steps_of_tile) step",
     ),
     _gemv("steps left over", "(block < plan.over ? block : plan.over)", "plan.over"),
-    _gemv("rows behind the last", "odd) < there);", "odd) < ROWS);", "test_ragged_shapes"),
+    _gemv("rows behind the last", "odd) < there);", "odd) < there + ROWS);", "test_ragged_shapes"),
     _gemv(
         "sums of one warp",
         "barrier_init(&shared.full[lane], WARPS)",

@@ -14,19 +14,20 @@
 // has the same bits whatever M and the other tokens are. The bits depend on N, K and the number of
 // blocks only.
 //
-// The work is a row of steps: ROWS rows of weights times 32 columns, tile after tile. Every block
+// The work is a row of steps: ROWS rows of weights times COLUMNS columns, tile after tile. Every block
 // takes an equal stretch of it, so all multiprocessors end together whatever N and K are. A tile that
 // two or more blocks share is summed by the last of them to arrive, in the blocks' order: the same
 // bits every time, and nobody waits.
 //
 // In a block WARPS warps stream: steps are dealt to them in turn, and each has asked memory for the
-// next DEPTH of its own, beyond the tile's end too. Every thread copies 16 bytes at a time to a place
-// in shared memory of its own, from where it alone takes them: nobody waits for another. One more warp
+// next DEPTH of its own, beyond the tile's end too: for weights and, so that nobody ever waits for
+// them, for the tokens and the norm. What a warp has asked for it waits for alone. One more warp
 // finishes tiles.
 //
 // The weights do not depend on the kernel before and are asked for ahead of the wait for it. The next
-// kernel may start when this one asks for its last bytes, and a multiprocessor has room for blocks of
-// both: so memory works while this kernel adds up, ends and hands over.
+// kernel may start as soon as this one has asked for its first bytes, and a multiprocessor has room
+// for blocks of both. So memory works while this kernel adds up, ends and hands over; and every
+// multiprocessor gets one block: later, those that end first would get two.
 //
 // A norm needs no pass of its own: the sum of squares grows beside the product (the diagonal of
 // x x^T, on tensor cores too), travels with a shared tile's partial sums, and scales the result.
@@ -41,40 +42,51 @@
 namespace s1fast {
 
 constexpr int MAX_TOKENS = 8;
-constexpr int STEP = 32;  // columns: 16 bytes a thread and row
 
 constexpr int WARPS = 8;      // that stream
-constexpr int BLOCKS = 1;     // on a multiprocessor, beside as many of the next kernel
+constexpr int BLOCKS = 1;     // on a multiprocessor
+constexpr int KERNELS = 2;    // of which a multiprocessor has blocks at a time: this and the next
 constexpr int FRAGMENTS = 2;  // of 16 rows in a tile: what is read of x serves all of them
-constexpr int DEPTH = 4;      // steps that a warp has asked for and not used
-constexpr int AHEAD = 4;      // further steps of a warp, brought to L2 before the kernel ahead ends
-constexpr int LEAVE = 2;      // steps of a warp not yet asked for when the next kernel may start
+constexpr int COLUMNS = 64;   // of a step: half a line of memory, or a whole one
+constexpr int DEPTH = 2;      // steps that a warp has asked for and not used
 
 constexpr int THREADS = 32 * (WARPS + 1);
 constexpr int ROWS = 16 * FRAGMENTS;       // of weights in a tile
+constexpr int PIECES = COLUMNS / 8;        // of 16 bytes in a row of a step
+constexpr int ROUND = 32 / PIECES;         // rows that a warp copies at once
 constexpr int SUMS = ROWS * MAX_TOKENS;    // of a tile, as [fragment][token][place]
 constexpr int RECORD = SUMS + MAX_TOKENS;  // and the sum of squares of each token
+static_assert(PIECES == 4 || PIECES == 8);
 
-// What a warp has of a step, a column of 16-byte pieces for each thread.
-using Slot = uint4[2 * FRAGMENTS][32];
+// What a warp has of a step. Rows and pieces lie as `position` says.
+struct Slot {
+  uint4 weights[ROWS * PIECES], x[MAX_TOKENS * PIECES], norm[PIECES];
+};
+
+// Where a row's piece lies: such that a piece of each of 8 rows, read at once, is in banks of its own.
+constexpr __device__ __forceinline__ int position(int row, int piece) {
+  return row * PIECES + (piece ^ row / (8 / PIECES) % PIECES);
+}
 
 struct Shared {
-  Slot ring[WARPS][DEPTH];  // 64 KB, in flight
+  Slot ring[WARPS][DEPTH];
   float sums[2][WARPS][RECORD];
   Barrier full[2], empty[2];
 };
 
-// Of a multiprocessor's memory, 256 KB of which at most 228 may be shared, what two kernels' blocks
+// Of a multiprocessor's memory, 256 KB of which at most 228 may be shared, what the blocks
 // need, a KB beside each; the rest is L1, where x stays. Rounded down: the hardware's division rounds
 // up again.
-constexpr int SHARED_PERCENT = int(2 * BLOCKS * (sizeof(Shared) + 1024) * 100 / 233472);
+constexpr int SHARED_PERCENT = int(KERNELS * BLOCKS * (sizeof(Shared) + 1024) * 100 / 233472);
 static_assert(SHARED_PERCENT < 100);
 
-// How weights lie in memory and become bf16. Narrower ones bring their own; the rest of the kernel
-// does not change.
+// How weights lie in memory, and come from a step to the tensor cores. Narrower ones bring their own;
+// the rest of the kernel does not change.
 struct Bf16Weight {
   static constexpr __host__ __device__ int64_t row_bytes(int64_t columns) { return 2 * columns; }
-  static __device__ __forceinline__ uint4 bf16(uint4 piece) { return piece; }
+  static __device__ __forceinline__ void fragment(uint32_t (&a)[4], const char* row) {
+    load_matrices(a, row);
+  }
 };
 
 // The division of the work: every block takes `share` steps, the first `over` blocks one more. What a
@@ -102,7 +114,7 @@ constexpr __host__ __device__ int tile_outputs(bool swiglu) { return swiglu ? RO
 inline Plan make_plan(int outputs, int width, bool swiglu, int processors) {
   const int tiles = (outputs + tile_outputs(swiglu) - 1) / tile_outputs(swiglu);
   Plan plan{};
-  plan.steps_of_tile = (width + STEP - 1) / STEP;
+  plan.steps_of_tile = (width + COLUMNS - 1) / COLUMNS;
   const int steps = tiles * plan.steps_of_tile, most = BLOCKS * processors;
   plan.grid = steps < most ? steps : most;
   plan.share = steps / plan.grid;
@@ -151,15 +163,6 @@ __device__ __forceinline__ int output_of(int tile, int place) {
   return tile * tile_outputs(SWIGLU) + (SWIGLU ? place / 2 : place);
 }
 
-// Where a place's weights begin. A row that is not there is the last one again: nobody looks at its
-// sums.
-template <bool SWIGLU, class Weight>
-__device__ __forceinline__ const char* weight_row(const Gemv& g, int tile, int place) {
-  const int output = output_of<SWIGLU>(tile, place), last = g.outputs - 1;
-  const int64_t row = (output < last ? output : last) + (SWIGLU && place % 2 ? g.outputs : 0);
-  return static_cast<const char*>(g.weight) + Weight::row_bytes(row * g.weight_stride);
-}
-
 // -- streaming ----------------------------------------------------------------------------------
 
 // Where a warp stands among the steps that are dealt to it.
@@ -178,37 +181,68 @@ struct Walk {
   }
 };
 
-// Asks for one step after another. Lane 4 g + q has, of each fragment, columns 8 q ... 8 q + 7 of the
-// rows at places 2 g and 2 g + 1.
-template <bool SWIGLU, class Weight>
+// Asks for one step after another. A lane copies the same piece of every ROUND-th row. Of a fragment's
+// 16 rows the first 8 are the even places, then come the odd ones.
+template <bool NORM, bool SWIGLU, class Weight>
 struct Asking {
   Walk at;
-  int left;  // steps
-  const char* rows[2 * FRAGMENTS];
+  int outputs;          // from the one of the lane's first place on
+  const char* rows[2];  // where the weights of its first even and odd place begin
+  const uint16_t *x, *norm;
+  int apart;          // bytes from a row to the next
+  int to[8 / ROUND];  // where the lane's piece goes, in bytes: of rows whose banks differ
 
-  __device__ __forceinline__ Asking(const Gemv& g, int warp, int lane, int begin, int end)
-      : at(g.plan, begin + warp), left((end - begin - warp + WARPS - 1) / WARPS) {
+  __device__ __forceinline__ Asking(const Gemv& g, int lane, int start) : at(g.plan, start) {
+    const int row = lane / PIECES, piece = lane % PIECES;
+    x = kept(g.x + row * g.x_stride + piece * 8);
+    norm = kept(g.norm + piece * 8);
+    apart = kept(int(Weight::row_bytes(g.weight_stride)));
+    for (int i = 0; i < 8 / ROUND; ++i)
+      to[i] = kept(int(sizeof(uint4)) * position(i * ROUND + row, piece));
     find_rows(g, lane);
   }
 
   __device__ __forceinline__ void find_rows(const Gemv& g, int lane) {
-#pragma unroll
-    for (int i = 0; i < 2 * FRAGMENTS; ++i)
-      rows[i] = weight_row<SWIGLU, Weight>(g, at.tile, i / 2 * 16 + lane / 4 * 2 + i % 2) +
-                Weight::row_bytes(lane % 4 * 8);
+    const int first = output_of<SWIGLU>(at.tile, lane / PIECES * 2);
+    outputs = g.outputs - first;
+    rows[0] = static_cast<const char*>(g.weight) +
+              Weight::row_bytes(first * g.weight_stride + lane % PIECES * 8);
+    rows[1] = rows[0] + (SWIGLU ? g.outputs : 1) * int64_t(apart);
   }
 
-  __device__ __forceinline__ void next(const Gemv& g, int lane, Slot& slot) {
-    if (left > 0) {
-      const int column = at.step * STEP;
-      const bool here = column + lane % 4 * 8 < g.width;
+  // A place in an array of pieces for `row` and those after it, one for each lane's.
+  __device__ __forceinline__ void* place(uint4* pieces, int row) const {
+    return reinterpret_cast<char*>(pieces + row / 8 * 8 * PIECES) + to[row % 8 / ROUND];
+  }
+
+  // The weights and the norm; a row that is not there is zeros.
+  __device__ __forceinline__ void for_weights(const Gemv& g, int lane, Slot& slot) const {
+    const int column = at.step * COLUMNS;
+    const bool here = column + lane % PIECES * 8 < g.width;
+    const int there = here ? outputs : 0;
 #pragma unroll
-      for (int i = 0; i < 2 * FRAGMENTS; ++i)
-        copy_once(&slot[i][lane], rows[i] + Weight::row_bytes(column), here);
-      if (at.next(g.plan)) find_rows(g, lane);
-      if (--left <= LEAVE) launch_dependents();
+    for (int row = 0; row < ROWS; row += ROUND) {
+      const int odd = row % 16 / 8, even_place = row / 16 * 16 + row % 8 * 2;
+      const int further = SWIGLU ? even_place / 2 : even_place;
+      copy_once(place(slot.weights, row),
+                rows[odd] + Weight::row_bytes(column) + further * int64_t(apart),
+                further + (SWIGLU ? 0 : odd) < there);
     }
-    end_of_group();  // one for each step, though it be empty
+    if (NORM && lane < PIECES) copy_kept(place(slot.norm, 0), norm + column, here);
+  }
+
+  // The tokens; those that are not live are zeros.
+  __device__ __forceinline__ void for_tokens(const Gemv& g, int step, int lane, int live,
+                                             Slot& slot) const {
+    const int column = step * COLUMNS;
+    const int there = column + lane % PIECES * 8 < g.width ? live - lane / PIECES : 0;
+#pragma unroll
+    for (int row = 0; row < MAX_TOKENS; row += ROUND)
+      copy_kept(place(slot.x, row), x + column + row * g.x_stride, row < there);
+  }
+
+  __device__ __forceinline__ void next(const Gemv& g, int lane) {
+    if (at.next(g.plan)) find_rows(g, lane);
   }
 };
 
@@ -217,42 +251,53 @@ struct Running {
   float product[FRAGMENTS][4] = {}, squares[4] = {};
 };
 
-// Eight columns of a token, and of the norm.
-struct Tokens {
-  uint4 x, scale;
+// Where the rows are that a lane points at, in bytes of a slot: row lane % 8 of matrix lane / 8, and
+// piece 0 ... 3. Four pieces further is 64 bytes away, up or down.
+struct Pointing {
+  int weights[2], x, norm;
+
+  __device__ __forceinline__ explicit Pointing(int lane) {
+    const int row = lane % 8, matrix = lane / 8, piece_bytes = int(sizeof(uint4));
+    x = kept(int(offsetof(Slot, x)) + piece_bytes * position(row, matrix));
+    norm = kept(int(offsetof(Slot, norm)) + piece_bytes * matrix);
+    for (int i = 0; i < 2; ++i)
+      weights[i] = kept(piece_bytes * position(matrix % 2 * 8 + row, 2 * i + matrix / 2));
+  }
 };
 
-template <bool NORM>
-__device__ __forceinline__ Tokens load_tokens(const Gemv& g, const Walk& at, int lane, int live) {
-  const int token = lane / 4, column = at.step * STEP + lane % 4 * 8;
-  Tokens loaded{make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-  if (column >= g.width) return loaded;
-  if (token < live) loaded.x = load(g.x + token * g.x_stride + column);
-  if (NORM) loaded.scale = load_constant(g.norm + column);
-  return loaded;
-}
+// 32 columns of a step as the tensor cores take them: of each of four pieces the lane's pair.
+template <bool NORM, class Weight>
+struct Taken {
+  uint32_t weights[2][FRAGMENTS][4], x[4], norm[4];
 
-// x as the product takes it.
-template <bool NORM>
-__device__ __forceinline__ uint4 prepare(const Tokens& tokens, Running& sums) {
-  const uint4 x = tokens.x, scale = tokens.scale;
-  if (!NORM) return x;
-  mma(sums.squares, x.x, 0, x.y, 0, x.x, x.y);
-  mma(sums.squares, x.z, 0, x.w, 0, x.z, x.w);
-  return make_uint4(multiply_pairs(x.x, scale.x), multiply_pairs(x.y, scale.y),
-                    multiply_pairs(x.z, scale.z), multiply_pairs(x.w, scale.w));
-}
-
-// The order of columns is free as long as both operands have the same one.
-template <class Weight>
-__device__ __forceinline__ void multiply(const Slot& slot, int lane, const uint4& x, Running& sums) {
+  __device__ __forceinline__ Taken(const Slot& slot, const Pointing& at, int part) {
+    const char* base = reinterpret_cast<const char*>(&slot);
+    load_matrices(x, base + (at.x ^ 64 * part));
+    if (NORM) load_matrices(norm, base + at.norm + 64 * part);
 #pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) {
-    const uint4 even = Weight::bf16(slot[2 * f][lane]), odd = Weight::bf16(slot[2 * f + 1][lane]);
-    mma(sums.product[f], even.x, odd.x, even.y, odd.y, x.x, x.y);
-    mma(sums.product[f], even.z, odd.z, even.w, odd.w, x.z, x.w);
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; ++f)
+        Weight::fragment(weights[i][f], base + (at.weights[i] ^ 64 * part) + 256 * PIECES * f);
   }
-}
+
+  __device__ __forceinline__ void multiply(Running& sums) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t low = x[2 * i], high = x[2 * i + 1];
+      if (NORM) {
+        mma(sums.squares, low, 0, high, 0, low, high);
+        low = multiply_pairs(low, norm[2 * i]);
+        high = multiply_pairs(high, norm[2 * i + 1]);
+      }
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; ++f) {
+        const uint32_t(&a)[4] = weights[i][f];
+        mma(sums.product[f], a[0], a[1], a[2], a[3], low, high);
+      }
+    }
+  }
+};
 
 // A warp's sums as a record, in which four places of a token lie side by side.
 template <bool NORM>
@@ -271,15 +316,31 @@ __device__ __forceinline__ void put(const Running& sums, float* record, int lane
 template <bool NORM, bool SWIGLU, class Weight>
 __device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, int lane, int begin,
                                        int end) {
-  Slot* ring = shared.ring[warp];
-  Asking<SWIGLU, Weight> asking(g, warp, lane, begin, end);
-  for (int i = 0; i < DEPTH; ++i) asking.next(g, lane, ring[i]);
-  __syncthreads();  // the barriers are there
+  Slot* ring = kept(&shared.ring[warp][0]);
+  const Plan& plan = g.plan;
+  Asking<NORM, SWIGLU, Weight> asking(g, lane, begin + warp);
+  const int steps = (end - begin - warp + WARPS - 1) / WARPS;
+#pragma unroll 1
+  for (int i = 0; i < DEPTH; ++i) {
+    if (i < steps) {
+      asking.for_weights(g, lane, ring[i]);
+      asking.next(g, lane);
+    }
+    end_of_group();  // one for each step, though it be empty
+  }
+  __syncthreads();  // the barriers are there, and all warps have asked
   dependency_wait();
   const int live = live_tokens(g);
+  Walk used(plan, begin + warp), first = used;
+#pragma unroll 1
+  for (int i = 0; i < DEPTH; ++i, first.next(plan)) {
+    if (i < steps) asking.for_tokens(g, first.step, lane, live, ring[i]);
+    end_of_group();
+  }
 
+  const Pointing pointing(lane);
   Running sums;
-  int tile = begin / g.plan.steps_of_tile, turn = 0;
+  int tile = begin / plan.steps_of_tile, turn = 0;
   uint32_t parity = 1;    // at first both sets of sums are empty
   auto hand_over = [&] {  // two sets in turn: one is read while the other is written
     barrier_wait(&shared.empty[turn], parity);
@@ -291,19 +352,28 @@ __device__ __forceinline__ void stream(const Gemv& g, Shared& shared, int warp, 
     turn ^= 1;
     parity ^= turn == 0;
   };
-  Walk used(g.plan, begin + warp);
-  Tokens tokens = load_tokens<NORM>(g, used, lane, live);
-  for (int at = begin + warp, slot = 0; at < end; at += WARPS) {
+  for (int left = steps, slot = 0; left > 0; --left) {
     while (tile < used.tile) hand_over();
-    const uint4 x = prepare<NORM>(tokens, sums);
-    used.next(g.plan);
-    tokens = load_tokens<NORM>(g, used, lane, live);  // the next step's, on the way meanwhile
     wait_for_groups<DEPTH - 1>();
-    multiply<Weight>(ring[slot], lane, x, sums);
-    asking.next(g, lane, ring[slot]);
+    __syncwarp();  // all lanes' copies are there
+#pragma unroll
+    for (int part = 0; part < COLUMNS / 32; ++part) {
+      const Taken<NORM, Weight> taken(ring[slot], pointing, part);
+      if (part == COLUMNS / 32 - 1) {
+        __syncwarp();  // all is taken: the place is free
+        if (left > DEPTH) {
+          asking.for_tokens(g, asking.at.step, lane, live, ring[slot]);
+          asking.for_weights(g, lane, ring[slot]);
+          asking.next(g, lane);
+        }
+        end_of_group();
+      }
+      taken.multiply(sums);
+    }
     if (++slot == DEPTH) slot = 0;
+    used.next(plan);
   }
-  while (tile <= (end - 1) / g.plan.steps_of_tile) hand_over();
+  while (tile <= (end - 1) / plan.steps_of_tile) hand_over();
 }
 
 // -- finishing ----------------------------------------------------------------------------------
@@ -388,7 +458,7 @@ __device__ __forceinline__ void finish(const Gemv& g, Shared& shared, int lane, 
   for (int tile = begin / g.plan.steps_of_tile; tile <= last_tile; ++tile) {
     barrier_wait(&shared.full[turn], parity);
     Total total{};
-#pragma unroll
+#pragma unroll 4
     for (int warp = 0; warp < WARPS; ++warp)
       add<NORM>(total, shared.sums[turn][warp], lane, [](auto* from) { return *from; });
     __syncwarp();
@@ -399,25 +469,8 @@ __device__ __forceinline__ void finish(const Gemv& g, Shared& shared, int lane, 
   }
 }
 
-// Brings to L2 what the block's warps will ask for when they have used what they asked for first.
-template <bool SWIGLU, class Weight>
-__device__ __forceinline__ void bring(const Gemv& g, int lane, int begin, int end) {
-  int at = begin + WARPS * DEPTH;
-  const int stop = at + WARPS * AHEAD < end ? at + WARPS * AHEAD : end;
-  for (int count; at < stop; at += count) {
-    const int tile = at / g.plan.steps_of_tile, step = at % g.plan.steps_of_tile;
-    const int rest = g.plan.steps_of_tile - step;
-    count = stop - at < rest ? stop - at : rest;
-    const int column = step * STEP, left = g.width - column;
-    const int columns = count * STEP < left ? count * STEP : left;
-    if (lane < ROWS && output_of<SWIGLU>(tile, lane) < g.outputs)
-      prefetch(weight_row<SWIGLU, Weight>(g, tile, lane) + Weight::row_bytes(column),
-               uint32_t(Weight::row_bytes(columns)));
-  }
-}
-
 template <bool NORM, bool SWIGLU, class Weight = Bf16Weight>
-__global__ void __launch_bounds__(THREADS, 2 * BLOCKS) gemv_kernel(const __grid_constant__ Gemv g) {
+__global__ void __launch_bounds__(THREADS, KERNELS * BLOCKS) gemv_kernel(const __grid_constant__ Gemv g) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = first_step(g.plan, blockIdx.x), end = first_step(g.plan, blockIdx.x + 1);
@@ -427,7 +480,7 @@ __global__ void __launch_bounds__(THREADS, 2 * BLOCKS) gemv_kernel(const __grid_
     barrier_init(&shared.empty[lane], 1);
   }
   __syncthreads();
-  bring<SWIGLU, Weight>(g, lane, begin, end);
+  launch_dependents();
   dependency_wait();
   finish<NORM, SWIGLU>(g, shared, lane, begin, end);
 }

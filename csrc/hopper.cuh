@@ -4,6 +4,7 @@
 // otherwise.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -48,12 +49,19 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
       : "memory");
 }
 
-// -- reading memory, 16 bytes a thread ------------------------------------------------------------
+// -- reading memory, 16 bytes a thread -----------------------------------------------------------
 
 // A copy to shared memory, past L1 and registers, of what is read once; zeros if it is not there.
 __device__ __forceinline__ void copy_once(void* to, const void* from, bool here) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(from), "r"(here ? 16 : 0)
+               : "memory");
+}
+
+// The same through L1, where it stays.
+__device__ __forceinline__ void copy_kept(void* to, const void* from, bool here) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(here ? 16 : 0)
                : "memory");
 }
 
@@ -66,29 +74,6 @@ __device__ __forceinline__ void end_of_group() {
 template <int most>
 __device__ __forceinline__ void wait_for_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(most) : "memory");
-}
-
-// Through L1, where it stays.
-__device__ __forceinline__ uint4 load(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
-
-// The same of what nobody writes while this kernel runs.
-__device__ __forceinline__ uint4 load_constant(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
-
-// Brings memory to L2; begin and size in units of 16 bytes.
-__device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
 
 // -- the handshake of programmatic dependent launch ----------------------------------------------
@@ -117,6 +102,25 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Four matrices of 8 rows x 16 bytes in shared memory; lane 8 m + r points at row r of matrix m. Lane
+// 4 g + t gets of each the pair at 2t, 2t + 1 of row g.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// A value that the compiler shall keep, where it would rather compute it again and again.
+template <class T>
+__device__ __forceinline__ T kept(T value) {
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(value));
+  else
+    asm volatile("" : "+r"(value));
+  return value;
 }
 
 // Products of two pairs of bf16, rounded once.

@@ -78,6 +78,8 @@ Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& workspace,
   const int processors = processors_of(device);
   STD_TORCH_CHECK(workspace.numel() >= workspace_bytes(processors), "gemv: workspace has ",
                   workspace.numel(), " bytes, ", workspace_bytes(processors), " are needed");
+  STD_TORCH_CHECK(weight.stride(0) < 1 << 30, "gemv: weight has rows ", weight.stride(0),
+                  " elements apart, 2^30 are too many");
   Tensor out = torch::stable::new_empty(x, {slots, outputs});
 
   Gemv g{};

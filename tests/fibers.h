@@ -2,8 +2,9 @@
 //
 // Defines the names of csrc/hopper.cuh and of CUDA that the kernels use. What it is strict about:
 //   - shared memory starts as NaN; device memory is the caller's (run under sanitizers);
-//   - copies are late (done when their thread waits for them) or early (done at once), so that reading
-//     too soon and overwriting too soon both show; addresses must divide by 16;
+//   - copies are late (done when their thread has waited for them and then meets its warp) or early
+//     (done at once), so that reading too soon and overwriting too soon both show; addresses must
+//     divide by 16;
 //   - what a kernel before this one writes is NaN until a block has waited for it;
 //   - warps fall asleep for a while, so that one may be far behind another;
 //   - a barrier that not all reach, or a copy that nobody waits for, ends the program with a message.
@@ -13,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -57,8 +59,11 @@ struct Fiber {
   bool done = false;
   uint32_t fragment[6];  // what this lane brings to a product of its warp
   int word;              // what it brings to an exchange
+  const void* rows[2];   // where it points, at even and at odd loads
+  int loads = 0;
   std::vector<Copy> copies;              // asked for, their group not ended
-  std::deque<std::vector<Copy>> groups;  // ended, and not done
+  std::deque<std::vector<Copy>> groups;  // ended, and not waited for
+  std::vector<Copy> awaited;             // done when the warp meets next
 };
 
 struct Meeting {  // of `size` threads, again and again
@@ -106,6 +111,8 @@ inline void meet(Meeting& meeting, int size) {
   }
 }
 
+inline void meet_warp() { meet(block->warps[current / WARP], WARP); }
+
 inline void entry() {
   kernel();
   threads[current].done = moved = true;
@@ -135,6 +142,7 @@ inline void run_block(int index, int num_threads, size_t shared_bytes, std::mt19
   if (before_dependency) before_dependency();
   for (Fiber& fiber : threads) {
     fiber.done = false;
+    fiber.loads = 0;
     fiber.stack.resize(STACK_BYTES);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -163,6 +171,7 @@ inline void run_block(int index, int num_threads, size_t shared_bytes, std::mt19
   for (Fiber& fiber : threads) {
     for (const std::vector<Copy>& group : fiber.groups)
       if (!group.empty()) fail("the block ended with copies under way");
+    if (!fiber.awaited.empty()) fail("the block ended with copies that its warp has not met over");
     if (!fiber.copies.empty()) fail("the block ended with copies that belong to no group");
     fiber.groups.clear();
   }
@@ -190,7 +199,10 @@ inline void __syncthreads() {
   fibers::meet(fibers::block->everyone, int(fibers::threads.size()));
 }
 inline void __syncwarp() {
-  fibers::meet(fibers::block->warps[fibers::current / fibers::WARP], fibers::WARP);
+  std::vector<fibers::Copy>& awaited = fibers::threads[fibers::current].awaited;
+  for (const fibers::Copy& copy : awaited) fibers::perform(copy);
+  awaited.clear();
+  fibers::meet_warp();
 }
 
 namespace s1fast {
@@ -233,6 +245,7 @@ inline void copy_once(void* to, const void* from, bool here) {
   else
     fibers::threads[fibers::current].copies.push_back(copy);
 }
+inline void copy_kept(void* to, const void* from, bool here) { copy_once(to, from, here); }
 inline void end_of_group() {
   fibers::Fiber& fiber = fibers::threads[fibers::current];
   fiber.groups.push_back(std::move(fiber.copies));
@@ -241,22 +254,20 @@ inline void end_of_group() {
 template <int most>
 void wait_for_groups() {
   std::deque<std::vector<fibers::Copy>>& groups = fibers::threads[fibers::current].groups;
+  std::vector<fibers::Copy>& awaited = fibers::threads[fibers::current].awaited;
   for (; groups.size() > most; groups.pop_front())
-    for (const fibers::Copy& copy : groups.front()) fibers::perform(copy);
-}
-
-inline uint4 load(const void* from) { return *static_cast<const uint4*>(from); }
-inline uint4 load_constant(const void* from) { return load(from); }
-inline void prefetch(const void* from, uint32_t bytes) {  // a sanitizer sees what is not there
-  if (uintptr_t(from) % 16 || bytes % 16 || bytes == 0) fibers::fail("a prefetch of no whole pieces");
-  volatile uint32_t seen = 0;
-  for (uint32_t i = 0; i < bytes; i += 16) seen = seen + load(static_cast<const char*>(from) + i).w;
+    awaited.insert(awaited.end(), groups.front().begin(), groups.front().end());
 }
 
 inline void launch_dependents() {}
 inline void dependency_wait() {
   if (!fibers::block->waited && fibers::on_dependency) fibers::on_dependency();
   fibers::block->waited = true;
+}
+
+template <class T>
+T kept(T value) {
+  return value;
 }
 
 inline float as_float(uint32_t bits) {
@@ -281,9 +292,9 @@ T load_shared_by_blocks(const T* from) {
 }
 inline int broadcast(int value) {
   fibers::threads[fibers::current].word = value;
-  __syncwarp();
+  fibers::meet_warp();
   const int first = fibers::threads[fibers::current / fibers::WARP * fibers::WARP].word;
-  __syncwarp();
+  fibers::meet_warp();
   return first;
 }
 
@@ -298,12 +309,26 @@ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return product;
 }
 
+// Nobody waits for the others to have read: a lane may be one load, or a copy, ahead of them.
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  if (uintptr_t(row) % 16) fibers::fail("a matrix's row that does not begin at a multiple of 16");
+  const int turn = fibers::threads[fibers::current].loads++ % 2;
+  fibers::threads[fibers::current].rows[turn] = row;
+  fibers::meet_warp();
+  const int first = fibers::current / fibers::WARP * fibers::WARP;
+  const int group = fibers::current % fibers::WARP / 4, quarter = fibers::current % 4;
+  for (int i = 0; i < 4; ++i) {
+    const void* from = fibers::threads[first + 8 * i + group].rows[turn];
+    std::memcpy(&to[i], static_cast<const char*>(from) + 4 * quarter, 4);
+  }
+}
+
 // The layout of fragments is that of hopper.cuh's comment.
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                 uint32_t b1) {
   const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
   std::memcpy(fibers::threads[fibers::current].fragment, mine, sizeof mine);
-  __syncwarp();
+  fibers::meet_warp();
   const int first = fibers::current / fibers::WARP * fibers::WARP;
   const int group = fibers::current % fibers::WARP / 4, quarter = fibers::current % 4;
   const fibers::Fiber* lanes = fibers::threads.data() + first;
@@ -317,7 +342,7 @@ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
     }
     c[i] += sum;
   }
-  __syncwarp();
+  fibers::meet_warp();
 }
 
 }  // namespace s1fast

@@ -20,28 +20,45 @@ def _build(name: str, old: str, new: str) -> Mutation:
 MUTATIONS = (
     _gemv(
         "tokens before the wait",
-        "  dependency_wait();\n  const int live = live_tokens(g);\n\n",
-        "  const int live = g.slots;\n",
+        "  dependency_wait();\n  const int live = live_tokens(g);\n  Walk",
+        "  const int live = g.slots;\n  Walk",
     ),
     _gemv("weights before they are there", "wait_for_groups<DEPTH - 1>", "wait_for_groups<DEPTH>"),
     _gemv(
-        "a place that is still to be read", "lane, ring[slot]);", "lane, ring[DEPTH - 1 - slot]);"
+        "a place that is still to be read",
+        "for_weights(g, lane, ring[slot]);",
+        "for_weights(g, lane, ring[(slot + 1) % DEPTH]);",
     ),
-    _gemv("rubbish behind a row", "lane % 4 * 8 < g.width;", "lane % 4 * 8 < g.width + STEP;"),
-    _gemv("tokens behind a row", "if (column >= g.width) return loaded;", "", "test_ragged_shapes"),
+    _gemv(
+        "a place whose other lanes still read it",
+        "        __syncwarp();  // all is taken: the place is free\n",
+        "",
+    ),
+    _gemv(
+        "what other lanes have asked for, before it is there",
+        "    __syncwarp();  // all lanes' copies are there\n",
+        "",
+    ),
+    _gemv("rubbish behind a row", "PIECES * 8 < g.width;", "PIECES * 8 < g.width + COLUMNS;"),
+    _gemv(
+        "tokens behind a row",
+        "PIECES * 8 < g.width ? live",
+        "PIECES * 8 < g.width + COLUMNS ? live",
+        "test_ragged_shapes",
+    ),
+    _gemv(
+        "a step asked for that is not there",
+        "if (i < steps) asking.for_tokens",
+        "asking.for_tokens",
+    ),
+    _gemv("a piece in two places", "(piece ^ row / (8", "(piece & row / (8"),
     _gemv(
         "a warp's next step",
         "if (step >= plan.steps_of_tile) step",
         "if (step > plan.steps_of_tile) step",
     ),
     _gemv("steps left over", "(block < plan.over ? block : plan.over)", "plan.over"),
-    _gemv(
-        "prefetch behind a row",
-        "count * STEP < left ? count * STEP : left",
-        "count * STEP",
-        "test_ragged_shapes",
-    ),
-    _gemv("rows behind the last", "output < last ? output : last", "output", "test_ragged_shapes"),
+    _gemv("rows behind the last", "odd) < there);", "odd) < there + ROWS);", "test_ragged_shapes"),
     _gemv(
         "sums of one warp",
         "barrier_init(&shared.full[lane], WARPS)",
@@ -63,8 +80,12 @@ MUTATIONS = (
         "group % 2 ? sums.squares[1] : sums.squares[0]",
         "sums.squares[0]",
     ),
-    _gemv("mean of a step", "total.squares / g.width", "total.squares / STEP"),
-    _gemv("gate for up", "place % 2 ? g.outputs : 0", "place % 2 ? 0 : 0"),
+    _gemv("mean of a step", "total.squares / g.width", "total.squares / COLUMNS"),
+    _gemv(
+        "gate for up",
+        "(SWIGLU ? g.outputs : 1) * int64_t(apart)",
+        "(SWIGLU ? 0 : 1) * int64_t(apart)",
+    ),
     _gemv(
         "more tokens than slots",
         "live < g.slots ? live : g.slots",
@@ -78,7 +99,7 @@ MUTATIONS = (
         "test_live_tokens_are_counted_on_the_device",
     ),
     _gemv("rounding down", "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16", "bits >> 16"),
-    _gemv("no room for two", "int DEPTH = 4;", "int DEPTH = 8;", "test_plans_of_real_shapes"),
+    _gemv("no room for two", "int DEPTH = 2;", "int DEPTH = 4;", "test_plans_of_real_shapes"),
     _build("no lock", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     _build("built by others meanwhile", "if not library.exists():", "if True:"),
     _build("versions not in the key", 'f"{versions}\\n{FLAGS}\\n".encode()', 'b""'),

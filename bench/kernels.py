@@ -182,9 +182,10 @@ def _measure(
 
 
 def _named(op: Op, names: Sequence[str]) -> set[str]:
-    """The operation's peers that are meant: a whole name means that one alone."""
+    """The operation's peers that are meant: what is some peer's whole name means that one alone."""
+    whole = {peer.name for known in OPS for peer in known.peers}
     there = {peer.name for peer in op.peers}
-    return {peer for name in names for peer in ({name} & there or there) if name in peer}
+    return {p for p in there for name in names if (p == name if name in whole else name in p)}
 
 
 def _chosen(name: str) -> tuple[Op, ...]:

@@ -157,8 +157,8 @@ def launches(s: Setup, bucket: int) -> int | None:
 
 
 def intervention(s: Setup, context: int) -> Values:
-    """One row. Every token that it draws in a few rounds becomes an end of thinking, so that soon
-    most steps drop what they draw and append a Wait."""
+    """One row. Every token that it draws in a few rounds becomes an end of thinking (as many as a
+    program has room for), so that soon most steps drop what they draw and append a Wait."""
     ids, wait = random_ids(context, s.chat.vocab_size, seed=0), (FIRST_WORD + 1,)
     fields: dict[str, Any] = {"think": True, "num_ignore": 1 << 20, "ignore_ids": (wait,)}
     ends: set[int] = set()
@@ -171,7 +171,7 @@ def intervention(s: Setup, context: int) -> Values:
         if not attempt:
             found["plain_step_ms"] = statistics.median(times.busy)
         new = set(done.token_ids) - ends - set(wait)
-        if done.waits_used > TIMED_STEPS // 2 or not new or len(ends | new) > 300:
+        if done.waits_used > TIMED_STEPS // 2 or not new or len(ends | new) > 120:
             break
         ends |= new
     found |= {

@@ -1,6 +1,7 @@
 """One GPU's part of a step of s1-32B on 16, measured; and what it makes of the whole run.
 
     python -m s1fast.bench.layer_step [--small]
+    python -m s1fast.bench.layer_step --result bench/results/layer_step-....json   # no GPU needed
 
 Measured on one GPU: a layer of Qwen2.5-32B, forward and backward, on a rank's share of a step's
 tokens, with attention as Ulysses leaves it to a rank of eight: 5 query heads and 1 key-value head
@@ -9,7 +10,8 @@ in plain PyTorch; head and loss; AdamW on a sixteenth of the weights.
 
 Not measured, having one GPU: communication. The run is projected by the plan's formulas
 (planner.py) with the measured rates in place of the assumed ones, as a range: all that can overlap
-does, or the share that the plan assumes. Then each trick is taken away in turn.
+does, or the share that the plan assumes. Then each trick is taken away in turn. A saved result is
+projected anew by --result.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,13 +36,14 @@ from s1fast.bench.op import Problem
 from s1fast.bench.roofs import roofs
 from s1fast.bench.timing import measure
 from s1fast.config import DataConfig, OptimConfig, TrainConfig
+from s1fast.files import read_json_object
 from s1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from s1fast.kernels.packed_attention import packed_attention as attend_packed
 from s1fast.metrics import layer_parameters
 from s1fast.model import Layer, ModelConfig
 from s1fast.planner import Estimate, Machine, Sequences, estimate
 from s1fast.published import qwen, sequence_lengths
-from s1fast.rates import Rate, Rates, assumed_rates
+from s1fast.rates import GPU, Rate, Rates, assumed_rates, gpu_kind
 
 DATASET = "simplescaling/s1K"
 ULYSSES, WORLD = 8, 16
@@ -228,16 +232,16 @@ def measured_rates(shape: Shape, ms: dict[str, float], copy_gb_s: float) -> dict
 
 
 def project(
-    shape: Shape, ms: dict[str, float], rates: Rates
+    shape: Shape, ms: dict[str, float], rates: Rates, gpu: GPU
 ) -> tuple[Estimate, dict[str, tuple[float, float]]]:
-    """The run on 2 nodes of 8, and its minutes (better, worse) without each trick."""
+    """The run on 2 nodes of 8 such GPUs, and its minutes (better, worse) without each trick."""
     config = TrainConfig(
         model="32B", data=DataConfig(path=DATASET), optim=OptimConfig(moments="bfloat16")
     )
     lengths = sequence_lengths(DATASET)
     assert lengths is not None
     data = Sequences(lengths, [n - 150 for n in lengths], DATASET)
-    machine = Machine("H100", WORLD // ULYSSES, ULYSSES)
+    machine = Machine(gpu, WORLD // ULYSSES, ULYSSES)
 
     def run(**changes: Any) -> Estimate:
         changed = dataclasses.replace(config, **changes)
@@ -281,44 +285,56 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="tiny shapes: the code path alone")
-    small = parser.parse_args().small
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not small:
-        raise SystemExit("a layer of 32B needs a GPU; --small runs tiny shapes anywhere")
-    for text in report(small_shape() if small else full_shape(), device):
+    parser.add_argument("--result", type=Path, help="a saved result to project, not a new one")
+    given = parser.parse_args()
+    if given.result:
+        found = read_json_object(given.result)
+        told = told_of(full_shape(), found, found["environment"]["device"])
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu" and not given.small:
+            raise SystemExit("a layer of 32B needs a GPU; --small runs tiny shapes anywhere")
+        told = report(small_shape() if given.small else full_shape(), device)
+    for text in told:
         print(text)
 
 
 def report(shape: Shape, device: torch.device, save_result: bool = True) -> list[str]:
-    """Measures, projects on a GPU, saves; the lines to print."""
+    """Measures and saves; the lines to print."""
     ceilings = roofs()
     ms = measure_all(shape, device)
-    lines = [f"{device_name()}: {shape.tokens:,} tokens a GPU, {sum(shape.lengths):,} a node"]
-    lines += [f"  {name:20} {value:10.3f} ms" for name, value in ms.items()]
-    found = measured_rates(shape, ms, ceilings.copy_gb_s)
     values: dict[str, Any] = {
         "roofs": dataclasses.asdict(ceilings),
         "tokens": shape.tokens,
         "lengths": shape.lengths,
         "ms": ms,
-        "rates": found,
+        "rates": measured_rates(shape, ms, ceilings.copy_gb_s),
     }
-    if device.type == "cuda":
-        base = assumed_rates("H100")
-        named = {
-            k: Rate(v, getattr(base, k).unit, "this measurement", True) for k, v in found.items()
-        }
-        rates = dataclasses.replace(base, **named)
-        one, without = project(shape, ms, rates)
-        values |= {"mfu": step_mfu(shape, ms, rates.peak.value), "minutes": without}
-        lines.append(f"layers, head, loss and update: {values['mfu']:.1%} MFU")
-        lines.append(f"projected, {one.machine}; communication by the plan's assumptions:")
-        lines += [f"  {k:34} {low:6.2f} to {high:6.2f} min" for k, (low, high) in without.items()]
-    else:
-        lines.append("not projected: the rates of a CPU say nothing of 16 GPUs")
-    if save_result:
-        lines.append(str(save("layer_step", values)))
-    return lines
+    lines = told_of(shape, values, device_name())
+    return [*lines, str(save("layer_step", values))] if save_result else lines
+
+
+def told_of(shape: Shape, values: dict[str, Any], device: str) -> list[str]:
+    """What a result says, and what it makes of the run on GPUs like this one."""
+    ms = values["ms"]
+    lines = [f"{device}: {shape.tokens:,} tokens a GPU, {sum(shape.lengths):,} a node"]
+    lines += [f"  {name:20} {value:10.3f} ms" for name, value in ms.items()]
+    gpu = gpu_kind(device)
+    if gpu is None:
+        return [*lines, f"not projected: the rates of {device} say nothing of 16 H100 or H200"]
+    base = assumed_rates(gpu)
+    rates = dataclasses.replace(
+        base,
+        **{
+            k: Rate(v, getattr(base, k).unit, "this measurement", True)
+            for k, v in values["rates"].items()
+        },
+    )
+    one, without = project(shape, ms, rates, gpu)
+    mfu = step_mfu(shape, ms, rates.peak.value)
+    lines.append(f"layers, head, loss and update: {mfu:.1%} MFU")
+    lines.append(f"projected, {one.machine}; communication by the plan's assumptions:")
+    return lines + [f"  {k:34} {low:6.2f} to {high:6.2f} min" for k, (low, high) in without.items()]
 
 
 if __name__ == "__main__":

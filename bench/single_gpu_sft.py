@@ -37,7 +37,7 @@ from s1fast.parallel import join, leave, shard_model
 from s1fast.plan import memory
 from s1fast.planner import Machine, Sequences, estimate
 from s1fast.published import qwen, sequence_lengths
-from s1fast.rates import find_rates
+from s1fast.rates import find_rates, gpu_kind
 from s1fast.step import Trainer
 
 Recompute = Literal["auto", "none", "full"]
@@ -146,14 +146,13 @@ def ours(problem: Problem) -> Callable[[int], float]:
 
 def predict(problem: Problem) -> tuple[float, float] | None:
     """The plan's seconds a step and GB at the peak, of this GPU alone; None of an unknown one."""
-    name = device_name()
-    gpu = next((g for g in ("H100", "H200") if name.startswith(f"NVIDIA {g}")), None)
+    gpu = gpu_kind(device_name())
     if gpu is None:
         return None
     lengths = [len(e.ids) for e in problem.examples]
     data = Sequences(lengths, [sum(e.labelled) for e in problem.examples], "")
-    machine = Machine(gpu, 1, 1)  # type: ignore[arg-type]
-    rates = find_rates(gpu, RESULTS)  # type: ignore[arg-type]
+    machine = Machine(gpu, 1, 1)
+    rates = find_rates(gpu, RESULTS)
     config = dataclasses.replace(problem.config, max_steps=WARM_UP + MEASURED)
     one = estimate(config, problem.model, data, machine, rates)
     parts = memory(config, problem.model, one)
@@ -336,7 +335,7 @@ def main() -> None:
     parser.add_argument("--recompute", choices=get_args(Recompute), default="auto")
     parser.add_argument("--only", nargs="*", help="peers whose name has one of these, or none")
     given = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not given.small:
         raise SystemExit(f"a model of {given.model} needs a GPU; --small runs a tiny one anywhere")
     for text in report(make(given.small, device, given.model, given.recompute), given.only):

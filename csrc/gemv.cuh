@@ -45,10 +45,10 @@ constexpr int MAX_TOKENS = 8;
 
 constexpr int WARPS = 8;      // that stream
 constexpr int BLOCKS = 1;     // on a multiprocessor
-constexpr int KERNELS = 2;    // of which a multiprocessor has blocks at a time: this and the next
+constexpr int KERNELS = 1;    // of which a multiprocessor has blocks at a time: this and the next
 constexpr int FRAGMENTS = 2;  // of 16 rows in a tile: what is read of x serves all of them
 constexpr int COLUMNS = 64;   // of a step: half a line of memory, or a whole one
-constexpr int DEPTH = 2;      // steps that a warp has asked for and not used
+constexpr int DEPTH = 4;      // steps that a warp has asked for and not used
 
 constexpr int THREADS = 32 * (WARPS + 1);
 constexpr int ROWS = 16 * FRAGMENTS;       // of weights in a tile

@@ -10,12 +10,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from s1fast.errors import InputError
 from s1fast.files import read_bytes
 
 GPU = Literal["H100", "H200"]
+
+
+def gpu_kind(device: str) -> GPU | None:
+    """Of a device as torch names it; None of one that there are no rates for."""
+    return next((gpu for gpu in get_args(GPU) if device.startswith(f"NVIDIA {gpu}")), None)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ MUTATIONS = (
         "test_live_tokens_are_counted_on_the_device",
     ),
     _gemv("rounding down", "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16", "bits >> 16"),
-    _gemv("no room for two", "int DEPTH = 2;", "int DEPTH = 4;", "test_plans_of_real_shapes"),
+    _gemv("no room for two", "int DEPTH = 4;", "int DEPTH = 6;", "test_plans_of_real_shapes"),
     _build("no lock", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     _build("built by others meanwhile", "if not library.exists():", "if True:"),
     _build("versions not in the key", 'f"{versions}\\n{FLAGS}\\n".encode()', 'b""'),

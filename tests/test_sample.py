@@ -246,7 +246,7 @@ def test_weights_are_powers_of_two() -> None:
 
 
 def test_distances_are_whole_parts_of_a_bit() -> None:
-    logits_V = torch.tensor([3.0, 3.0 - math.log(2), -math.inf, 2.0, 3.0 - 31 * math.log(2), 3.0])
+    logits_V = torch.tensor([3.0, 3.0 - math.log(2), -math.inf, 2.0, 3.0 - 32 * math.log(2), 3.0])
     found = distance(logits_V).tolist()
     assert (found[0], found[2], found[4], found[5]) == (0, FAR, FAR, 0)
     # fp32 logits near 3 are 2.4e-7 apart, a third of a distance.

@@ -172,7 +172,8 @@ def plot(result: Result) -> bytes:
     upper.hlines(floors, starts, ends, colors="black", linestyles="dotted", label="floor")
     upper.set(ylabel="forward + backward, ms", yscale="log", title=result["environment"]["device"])
     lower.set(ylabel="floor / time, %")
-    lower.set_xticks(range(len(shapes)), [s["shape"].replace("x", "\n") for s in shapes])
+    names = ["\n".join([*s["op"].split("_"), *s["shape"].split("x")]) for s in shapes]
+    lower.set_xticks(range(len(shapes)), names, fontsize=8)
     for axes in (upper, lower):
         axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)

@@ -7,7 +7,7 @@ from the host, and draws nothing.
 
 Launches of a step: 4 + 6 L, by torch's products 5 + 9 L. Floor of a step: its weights are
 read once, 2 bytes each in bf16, and the keys and values of its rows: 22 ms and 2.7 us a position
-for Qwen2.5-32B at 3.0 TB/s. Measured on an H100: not yet.
+for Qwen2.5-32B at 3.0 TB/s. On an H200, whose floor is 14.7 ms at 8K, by torch's products: 19.1 ms.
 """
 
 from __future__ import annotations

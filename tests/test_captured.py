@@ -301,7 +301,7 @@ def test_soak_at_length(restless: Ascii, seed: int) -> None:
     [
         ({"max_batch": 65}, 'max_batch 65: .* at most 64 rows .* loop = "host"'),
         ({"matmul": "cuda"}, 'matmul = "cuda" runs on a CUDA device'),
-        ({"matmul": "cuda", "loop": "host"}, 'take loop = "device"'),
+        ({"matmul": "cuda", "loop": "host"}, 'take matmul = "torch"'),
         ({"loop": "gpu"}, "loop must be one of auto, host, device, got 'gpu'"),
         ({"matmul": "cublas"}, "matmul must be one of cuda, torch"),
     ],

@@ -311,9 +311,10 @@ def test_plans_of_real_shapes(csrc_library: Path) -> None:
         assert busy >= 0.99 / (1 + most * step / (rows * width)), (name, busy)
 
 
-def test_room_for_two_kernels() -> None:
-    """Blocks of one kernel and of the next lie on a multiprocessor together: their registers do,
-    which each of its quarters deals to a quarter of the warps. (Shared memory: a static_assert.)"""
+def test_room_for_its_kernels() -> None:
+    """Blocks of as many kernels as KERNELS says lie on a multiprocessor together: their registers
+    do, which each of its quarters deals to a quarter of the warps. (Shared memory: a
+    static_assert.)"""
     warps = -(-constant("KERNELS") * constant("BLOCKS") * (constant("WARPS") + 1) // 4)
     for name, budget in json.loads(BUDGETS.read_text()).items():
         assert warps * 32 * budget["registers"] <= 65_536 // 4, name

@@ -2,6 +2,7 @@
 
     python -m s1fast.bench.decode [--only step ...] [--batch 1 8] [--context 1024 8192]
         [--matmul torch cuda] [--model 7B | --small] [--fraction 1] [--profile]
+        [--all-reduce-us 5]
 
 * step: ms of a step, tokens a second, share of the read roof, launches, the gap between steps.
 * intervention: a step that drops a token and appends another, beside one that does not.
@@ -10,6 +11,9 @@
   largest stands for the natural end, which random weights do not have.
 * latency: a question of 200 tokens, 4,000 of thinking, two Waits: first token, last token; and the
   same by a client that appends "Wait" and asks again, its prompt's pages taken over.
+* parallel: a step under tensor parallelism of 2, 4 and 8, projected from one GPU: what a rank does
+  between its sums over ranks is measured, on a model of a rank's shape; to it come the 2 L sums, by
+  a published time. Not measured: ranks that wait for each other.
 * peers: a step of a plain torch loop in a graph, and of transformers' static cache, compiled, which
   takes minutes and so runs at the first batch and context alone.
 
@@ -22,7 +26,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +45,6 @@ from s1fast.bench.decode_setup import (
     made_up_chat,
     most_pages,
     plain,
-    position_bytes,
     random_ids,
     random_model,
     setup,
@@ -49,15 +53,23 @@ from s1fast.bench.decode_setup import (
 from s1fast.bench.environment import save
 from s1fast.bench.roofs import read_gb_s
 from s1fast.captured import DEPTH
+from s1fast.chat import Chat
 from s1fast.kv_cache import PAGE_SIZE
+from s1fast.matmul import Choice
 from s1fast.model import Model
 from s1fast.request import SamplingParams
+from s1fast.tensor_parallel import shard_config
 
-CASES = ("step", "intervention", "forced", "tree", "latency", "peers")
+CASES = ("step", "intervention", "forced", "tree", "latency", "parallel", "peers")
 GREEDY = SamplingParams()
 WARM_STEPS, TIMED_STEPS = 8, 32
 
+ALL_REDUCE_US = {2: 7.0, 4: 10.0, 8: 11.0}
+"""Ranks -> one sum over them on H100, published for 512 KiB by kernels that read all parts at once
+(vllm-project/vllm #24111, #24532, #42324). A step sends 10 KiB a token, which takes no longer."""
+
 Values = dict[str, Any]
+Record = Callable[..., None]
 
 
 @dataclasses.dataclass
@@ -286,82 +298,131 @@ def latency(s: Setup, fraction: float) -> Values:
     return found
 
 
+def parallel(options: argparse.Namespace, results: Values) -> None:
+    """Steps of every number of ranks that the key-value heads divide by. The head is whole on each
+    rank, as tensor_parallel.py has it."""
+    config = config_of(options.model)
+    for ranks in (n for n in ALL_REDUCE_US if config.num_key_value_heads % n == 0):
+        shard = shard_config(config, ranks, options.model)
+        model, chat = random_model(shard, _device()), made_up_chat(config.vocab_size)
+        sum_us = options.all_reduce_us or ALL_REDUCE_US[ranks]
+        sums_ms = 2 * config.num_hidden_layers * sum_us / 1e3
+        positions = max(options.batch) * (max(options.context) + 64)
+        for choice in options.matmul:
+            s = setup(
+                model,
+                chat,
+                max_rows=max(options.batch),
+                positions=positions,
+                choice=choice,
+                reuse=True,
+            )
+            for batch, context in _pairs(options, results, s, f"{ranks} ranks"):
+                found = step(s, batch, context, results["read_gb_s"])
+                projected_ms = found["step_ms"] + sums_ms
+                values = {
+                    "rank_ms": found["step_ms"],
+                    "rank_of_roof": found["of_roof"],
+                    "all_reduce_us": sum_us,
+                    "projected_step_ms": projected_ms,
+                    "projected_tokens_s": batch / projected_ms * 1e3,
+                }
+                where = {"ranks": ranks, "matmul": choice, "batch": batch, "context": context}
+                _record(results, "parallel", where, values)
+            del s
+        del model
+
+
 # -- the run ---------------------------------------------------------------------------------------
 
 
-def run(options: argparse.Namespace) -> Values:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    roof_gb_s = read_gb_s()
-    if device.type == "cuda":
+def run(options: argparse.Namespace, results: Values) -> None:
+    """Adds to the results as they come."""
+    results |= {"model": options.model, "read_gb_s": read_gb_s(), "rows": [], "not_fitting": []}
+    print(f"read roof {results['read_gb_s']:.0f} GB/s")
+    if _device().type == "cuda":
         torch.cuda.empty_cache()  # the model is to have that memory
-    config = config_of("small" if options.small else options.model)
-    model, chat = random_model(config, device), made_up_chat(config.vocab_size)
-    results: Values = {
-        "model": "small" if options.small else options.model,
-        "read_gb_s": roof_gb_s,
-        "rows": [],
-        "not_fitting": [],
-    }
+    if "parallel" in options.only:
+        parallel(options, results)
+    if {*options.only} - {"parallel"} or options.profile:
+        config = config_of(options.model)
+        model, chat = random_model(config, _device()), made_up_chat(config.vocab_size)
+        for choice in options.matmul:
+            by_the_loop(options, results, model, chat, choice)
+        if "peers" in options.only:
+            by_peers(options, results, model)
+    print("not fitting:", results["not_fitting"] or "none")
 
-    def record(case: str, values: Values, **where: Any) -> None:
-        results["rows"].append({"case": case, **where, **values})
-        print(case, *(f"{k} {_short(v)}" for k, v in (where | values).items()), flush=True)
 
-    kept = position_bytes(config, model.compute_dtype)
-    print(f"read roof {roof_gb_s:.0f} GB/s; keys and values of a position {kept} bytes")
-    batches, longest = options.batch, config.max_position_embeddings
-    contexts = [min(c, longest) for c in options.context]
+def by_the_loop(
+    options: argparse.Namespace, results: Values, model: Model, chat: Chat, choice: Choice
+) -> None:
+    """Every case but parallel and peers, on one cache."""
+    batches, contexts, longest = (
+        options.batch,
+        options.context,
+        model.config.max_position_embeddings,
+    )
     positions = max(int(17000 * options.fraction) + 6 * 512, max(contexts)) + 2048
     if "step" in options.only:
         positions = max(positions, max(batches) * (max(contexts) + 64))
-    for choice in options.matmul:
-        rows = max(*batches, 8)
-        s = setup(model, chat, max_rows=rows, positions=positions, choice=choice, reuse=True)
-        where = {"matmul": choice}
-        for batch, context in _pairs(options, batches, contexts):
-            if batch * (context + 64) > s.room:
-                results["not_fitting"].append([batch, context])
-                continue
-            bucket = s.device.graphs.bucket(batch)
-            values = step(s, batch, context, roof_gb_s) | {"launches": launches(s, bucket)}
-            record("step", values, batch=batch, context=context, **where)
-        context = min(contexts[-1], longest - 512, s.room - 512)
-        if "intervention" in options.only:
-            record("intervention", intervention(s, context), context=context, **where)
-        if "forced" in options.only:
-            record("forced", forced(s, context), context=context, **where)
-        if "tree" in options.only:
-            record("tree", tree(s, options.fraction), **where)
-        if "latency" in options.only:
-            record("latency", latency(s, options.fraction), **where)
-        if options.profile:
-            print(profile(s, batches[0], contexts[0], options.model))
-        del s
-    if "peers" in options.only:
-        for batch, context in ((b, c) for b in batches for c in contexts):
-            if batch * context > most_pages(config, device, model.compute_dtype) * PAGE_SIZE:
-                results["not_fitting"].append([batch, context, "peers"])
-                continue
-            pair = {"batch": batch, "context": context}
-            record("plain torch, captured", peer(decode_peers.plain_captured, model, pair), **pair)
-        pair = {"batch": batches[0], "context": contexts[0]}
-        record("transformers", peer(decode_peers.transformers_static, model, pair), **pair)
-    print("not fitting (batch, context):", results["not_fitting"] or "none")
-    return results
+    rows = max(*batches, 8)
+    s = setup(model, chat, max_rows=rows, positions=positions, choice=choice, reuse=True)
+    where = {"matmul": choice}
+    for batch, context in _pairs(options, results, s) if "step" in options.only else ():
+        values = step(s, batch, context, results["read_gb_s"])
+        values["launches"] = launches(s, s.device.graphs.bucket(batch))
+        _record(results, "step", where | {"batch": batch, "context": context}, values)
+    longest = min(model.config.max_position_embeddings, s.room) - 512
+    at = {"context": min(contexts[-1], longest)}
+    cases: dict[str, tuple[Values, Callable[[], Values]]] = {
+        "intervention": (at, lambda: intervention(s, at["context"])),
+        "forced": (at, lambda: forced(s, at["context"])),
+        "tree": ({}, lambda: tree(s, options.fraction)),
+        "latency": ({}, lambda: latency(s, options.fraction)),
+    }
+    for name, (more, case) in cases.items():
+        if name in options.only:
+            _record(results, name, where | more, case())
+    if options.profile:
+        print(profile(s, batches[0], contexts[0], options.model))
 
 
-def peer(run: Callable[..., Values], model: Model, pair: dict[str, int]) -> Values:
-    """A peer's step, or why it does not run here."""
-    try:
-        return run(model, **pair)
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+def by_peers(options: argparse.Namespace, results: Values, model: Model) -> None:
+    most = most_pages(model.config, _device(), model.compute_dtype) * PAGE_SIZE
+    pairs = [(batch, context) for batch in options.batch for context in options.context]
+    runs = [("plain torch, captured", decode_peers.plain_captured, pair) for pair in pairs]
+    runs += [("transformers", decode_peers.transformers_static, pairs[0])]
+    for name, peer, (batch, context) in runs:
+        if batch * context > most:
+            results["not_fitting"].append([batch, context, name])
+            continue
+        try:
+            values = peer(model, batch, context)
+        except Exception as error:  # why it does not run here
+            values = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        _record(results, name, {"batch": batch, "context": context}, values)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _pairs(
-    options: argparse.Namespace, batches: list[int], contexts: list[int]
-) -> list[tuple[int, int]]:
-    return [(b, c) for b in batches for c in contexts] if "step" in options.only else []
+    options: argparse.Namespace, results: Values, s: Setup, *what: str
+) -> Iterator[tuple[int, int]]:
+    """Batches and contexts that the cache has room for; others are noted."""
+    for batch in options.batch:
+        for context in options.context:
+            if batch * (context + 64) <= s.room:
+                yield batch, context
+            else:
+                results["not_fitting"].append([batch, context, *what])
+
+
+def _record(results: Values, case: str, where: Values, values: Values) -> None:
+    results["rows"].append({"case": case, **where, **values})
+    print(case, *(f"{k} {_short(v)}" for k, v in (where | values).items()), flush=True)
 
 
 def profile(s: Setup, batch: int, context: int, name: str) -> str:
@@ -385,20 +446,34 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("s1fast.bench.decode", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--context", nargs="+", type=int, default=[1024, 8192, 32768])
     parser.add_argument("--matmul", nargs="+", choices=("torch", "cuda"), default=["torch"])
     parser.add_argument("--model", default="32B", help="a size of Qwen2.5")
-    parser.add_argument("--small", action="store_true", help="a tiny model, for a CPU")
+    parser.add_argument("--small", action="store_const", const="small", dest="model")
     parser.add_argument("--fraction", type=float, default=0.1, help="of the long cases' lengths")
     parser.add_argument("--profile", action="store_true", help="save a trace of steady steps")
-    options = parser.parse_args()
-    with torch.inference_mode():
-        results = run(options)
-    print(save("decode", results))
+    parser.add_argument("--all-reduce-us", type=float, help="a sum over ranks; default: published")
+    options = parser.parse_args(arguments)
+    try:
+        longest = config_of(options.model).max_position_embeddings
+    except KeyError:
+        parser.error(f"--model: there is no Qwen2.5 of size {options.model!r}")
+    options.context = [min(context, longest) for context in options.context]
+    return options
+
+
+def main() -> None:
+    options, results = parse(sys.argv[1:]), {}
+    try:
+        with torch.inference_mode():
+            run(options, results)
+    finally:
+        if results.get("rows"):
+            print(save("decode", results))
 
 
 if __name__ == "__main__":

@@ -151,6 +151,7 @@ def sample(
     logits_V = logits_V.float()
     if temperature == 0.0:
         return logits_V.argmax()
-    scaled_V = logits_V / temperature
+    # By a tensor: a GPU divides by a number as it multiplies by the number's inverse.
+    scaled_V = logits_V / logits_V.new_full((1,), temperature)
     kept = keep_mask(scaled_V, top_k, top_p, min_p).nonzero()[:, 0]
     return kept[(scaled_V[kept] + gumbel(seed, sample, position, kept)).argmax()]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -35,17 +35,10 @@ def small() -> Iterator[Setup]:
 
 def test_every_case_but_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "read_gb_s", lambda: 20.0)
-    options = argparse.Namespace(
-        only=["step", "intervention", "forced", "tree", "latency"],
-        batch=[1, 3],
-        context=[128, 256],
-        matmul=["torch"],
-        small=True,
-        fraction=0.005,
-        profile=False,
-    )
+    words = "--only step intervention forced tree latency parallel --batch 1 3 --context 128 256"
+    options, results = decode.parse([*words.split(), "--small", "--fraction", "0.005"]), {}
     with torch.inference_mode():
-        results = decode.run(options)
+        decode.run(options, results)
     found = {(row["case"], row.get("batch")): row for row in results["rows"]}
     assert results["not_fitting"] == [] and found["step", 3]["context"] == 256
     assert found["intervention", None]["interventions"] > 16
@@ -53,6 +46,29 @@ def test_every_case_but_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert forced["long_steps"] == forced["short_steps"] + 3  # 24 tokens in eight slots
     assert found["latency", None]["waits"] == 2 and found["latency", None]["client_rounds"] == 4
     assert len(found["tree", None]["budgets"]) == 6
+    rank = found["parallel", 3]  # two ranks alone: there are two key-value heads
+    assert rank["ranks"] == 2 and rank["all_reduce_us"] == 7.0
+    sums_ms = 2 * 2 * 7e-3  # two a layer
+    assert rank["projected_step_ms"] == pytest.approx(rank["rank_ms"] + sums_ms)
+    assert rank["projected_tokens_s"] == pytest.approx(3e3 / rank["projected_step_ms"])
+
+
+def test_what_was_measured_is_kept_when_a_case_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(decode, "read_gb_s", lambda: 20.0)
+    monkeypatch.setattr(decode, "save", lambda kind, values: kept.update(values))
+    monkeypatch.setattr(decode, "forced", lambda s, context: 1 // 0)
+    words = "decode --small --only step forced --batch 1 --context 128"
+    monkeypatch.setattr("sys.argv", words.split())
+    with pytest.raises(ZeroDivisionError):
+        decode.main()
+    assert [row["case"] for row in kept["rows"]] == ["step"]
+    monkeypatch.setattr("sys.argv", ["decode", "--model", "5B"])
+    with pytest.raises(SystemExit):
+        decode.main()
+    assert "--model: there is no Qwen2.5 of size '5B'" in capsys.readouterr().err
 
 
 def test_rows_stand_at_their_context(small: Setup) -> None:

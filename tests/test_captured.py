@@ -22,7 +22,7 @@ from s1fast.handle import Cancelled
 from s1fast.kv_cache import PAGE_SIZE
 from s1fast.request import Completion, Piece, Request, cost
 from s1fast.row import Row
-from writers import Ascii, check_equal, prompts_of, sampled
+from writers import BF16_TIE, Ascii, check_equal, prompts_of, sampled
 
 MakeModel = Callable[..., Path]
 
@@ -180,6 +180,21 @@ def test_logprobs_and_their_neighbours(restless: Ascii) -> None:
             assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
     (other,) = [item for item in items if isinstance(item, Completion)]
     assert check_equal(restless, a, other, plain)
+
+
+def test_bf16(make_model: MakeModel) -> None:
+    """Roundings decide often here, between a token and an end of thinking too."""
+    fields = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    model = Ascii(make_model("qwen2", seed=7, std=0.1, **fields), end=1.8)
+    prompts, budget = model.prompts(*range(3, 80, 7)), Budget(max_thinking_tokens=30, num_ignore=2)
+    engines = [
+        Engine(model.folder, device="cpu", dtype="bfloat16", **more)
+        for more in ({}, {"loop": "device", "speculate": 2})
+    ]
+    for params in (SamplingParams(max_tokens=45), SamplingParams(max_tokens=45, temperature=0.7)):
+        done = [engine.generate(prompts, params, budget) for engine in engines]
+        equal = [check_equal(model, a, b, params, tie=BF16_TIE) for a, b in zip(*done, strict=True)]
+        assert any(equal) and not all(equal)
 
 
 # -- many callers ------------------------------------------------------------------------------

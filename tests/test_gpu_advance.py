@@ -13,6 +13,7 @@ from torch import Tensor
 from s1fast.automaton import Automaton
 from s1fast.kernels.advance import advance, lay_out
 from s1fast.kernels.device_rows import Rows, Slots, gram_index, line_of_state
+from s1fast.kernels.sample import keep_mask, sample
 from test_automaton import ALPHABET, WORDS, random_case
 
 pytestmark = [
@@ -88,8 +89,8 @@ def test_a_captured_step_equals_the_reference(dtype: torch.dtype) -> None:
     rows, slots = armed(CUDA)
     wanted_rows, wanted_slots = armed(CPU)
     logits_CV = logits(0, dtype)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # compiles, on copies
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # compiles, on copies
         copies = [
             type(x)(**{name: value.clone() for name, value in vars(x).items()})
             for x in (rows, slots)
@@ -114,3 +115,16 @@ def test_a_captured_step_equals_the_reference(dtype: torch.dtype) -> None:
                     assert torch.equal(getattr(found, name).cpu(), x), f"{name} in step {step}"
         drawn += int((wanted_slots.draw_B3[:, 0] >= 0).sum())
     assert drawn > 60
+
+
+def test_the_host_draws_there_as_on_a_cpu() -> None:
+    """sample.py on CUDA tensors, which is what the loop's own step on the host does."""
+    for step, row in enumerate(logits(1, torch.bfloat16)[: len(SETTINGS), :VOCAB]):
+        settings = SETTINGS[step]
+        drawn = [sample(x, **settings, seed=7, sample=1, position=step) for x in (row, row.cpu())]
+        assert int(drawn[0]) == int(drawn[1])
+        if temperature := settings["temperature"]:
+            filters = [settings[name] for name in ("top_k", "top_p", "min_p")]
+            scaled_V = row.cpu().float() / temperature
+            found_V = keep_mask(scaled_V.to(CUDA), *filters)
+            assert torch.equal(found_V.cpu(), keep_mask(scaled_V, *filters))

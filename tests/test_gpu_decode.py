@@ -36,16 +36,12 @@ from test_captured import (  # noqa: F401  (collected here)
     test_warm_up,
     writer,
 )
-from writers import Ascii, check_equal, prompts_of, sampled
+from writers import BF16_TIE, Ascii, check_equal, prompts_of, sampled
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-
-BF16_TIE = 0.5
-"""Logits here are of size 10, and some ten roundings of 2^-9 each lie between two orders of summing
-in bf16; the scores are looked up in fp32."""
 
 
 @pytest.fixture(autouse=True)

@@ -30,8 +30,8 @@ def check_against_eager(found: Tensor, exact: Tensor, eager: Tensor, what: str) 
     assert found.dtype == eager.dtype, f"{what}: found {found.dtype}, eager {eager.dtype}"
     if not exact.numel():
         return
-    exact = exact.detach().cpu()
-    wide, measure = (x.detach().cpu().double() for x in (found, eager))
+    exact = exact.detach()
+    wide, measure = (x.detach().to(exact.device).double() for x in (found, eager))
     _check_not_finite(measure, exact, f"{what}: eager, the measure,")
     _check_not_finite(wide, exact, f"{what}: found")
     error, allowed = _error(wide, exact), _error(measure, exact)

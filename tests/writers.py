@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,9 @@ def sampled(**fields: Any) -> SamplingParams:
 TIE = 1e-3
 """A tie: two ids whose scores differ by less. Logits here are of size 10 and fp32 sums of 100
 products, so other shapes of the same step move them by some 1e-5."""
+BF16_TIE = 0.5
+"""The same in bf16: some ten roundings of 2^-9 each lie between two orders of summing; scores are
+looked up in fp32."""
 
 
 def check_equal(
@@ -213,23 +217,30 @@ def check_equal(
 ) -> bool:
     """Two runs of the same request are equal, or differ first where the sampler had a tie. Returns
     whether they are equal."""
-    first = next(
-        (i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=False)) if x != y), None
-    )
+    runs = [kinds_of(c.pieces) for c in (a, b)]
+    first = next((i for i, (x, y) in enumerate(zip_longest(*runs)) if x != y), None)
     if first is None:
         same = []
         for c in (a, b):
             said = (c.token_ids, c.thinking, c.answer, "".join(p.text for p in c.pieces))
             ended = (c.thinking_tokens, c.waits_used, c.thinking_end, c.finish_reason)
-            same.append((*said, *ended, kinds_of(c.pieces)))
+            same.append((*said, *ended))
         assert same[0] == same[1]
         return True
     ids = a.prompt_ids + a.token_ids[:first]
-    pair = torch.tensor([a.token_ids[first], b.token_ids[first]])
-    score = writer.theirs.logits(ids)[pair]
+    score_V = writer.theirs.logits(ids)
     if params.temperature:
-        score = score / params.temperature + gumbel(params.seed, a.sample, len(ids), pair)
-    assert abs(float(score[0] - score[1])) < tie, (
-        f"token {first}: {pair.tolist()}, {score.tolist()}"
-    )
+        noise_V = gumbel(params.seed, a.sample, len(ids), torch.arange(len(score_V)))
+        score_V = score_V / params.temperature + noise_V
+    drawn = [_drawn(writer, run, first) for run in runs]
+    scores = [float(score_V[candidates].max()) for candidates in drawn]
+    assert abs(scores[0] - scores[1]) < tie, f"token {first}: {drawn}, {scores}"
     return False
+
+
+def _drawn(writer: Ascii, run: list[tuple[str, int]], at: int) -> list[int]:
+    """The ids of which one was drawn at a place: that which stands there, or an end, where a text
+    was appended or nothing follows."""
+    if at < len(run) and run[at][0] in ("thinking", "answer"):
+        return [run[at][1]]
+    return sorted(writer.end | writer.chat.stop_ids)

@@ -467,7 +467,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    options, results = parse(sys.argv[1:]), {}
+    options = parse(sys.argv[1:])
+    results: Values = {}
     try:
         with torch.inference_mode():
             run(options, results)

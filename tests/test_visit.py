@@ -68,7 +68,7 @@ def test_goes_on_whatever_becomes_of_an_item(
 
 
 def alive(pid: int) -> bool:
-    """Whether a process still runs after a second; one that nobody has asked for counts as ended."""
+    """Whether a process still runs after a second; one that waits to be asked for has ended."""
     for _ in range(100):
         try:
             if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as torch_adamw
 
-from s1fast.bench.op import Forward, MissingError, Op, Problem, Provider
+from s1fast.bench.op import Forward, MissingError, Op, Problem, Provider, compiled
 from s1fast.kernels.adamw import Shards, adamw_, gradients, sum_of_squares
 
 LAYERS = 64
@@ -67,15 +67,7 @@ def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
     exp_avg_sqs = [g.to(moments, copy=True).square_() for g in grads]
     state = State(params, exp_avgs, exp_avg_sqs, grads, bool(sizes["clip"]))
     a_parameter = (20 if sizes["narrow"] else 28) + (4 if sizes["clip"] else 0)
-    return Problem(
-        arguments=(params[0], state),
-        leaves={},
-        upstream=None,
-        forward_flops=0,
-        flops=0,
-        num_bytes=a_parameter * sum(counts),
-        backward=False,
-    )
+    return Problem((params[0], state), num_bytes=a_parameter * sum(counts), backward=False)
 
 
 def reference(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
@@ -175,17 +167,10 @@ def _plain(state: State) -> None:
         exp_avg_sq.copy_(v)
 
 
-def eager(problem: Problem) -> Forward:
+def plain(problem: Problem, *, compiling: bool = False) -> Forward:
     state: State = problem.arguments[1]
-    return _each_call(state, partial(_plain, state))
-
-
-def compiled(problem: Problem) -> Forward:
-    if not problem.arguments[0].is_cuda:
-        raise MissingError("timed on a GPU only")
-    torch.compiler.reset()
-    state: State = problem.arguments[1]
-    return _each_call(state, partial(torch.compile(_plain, dynamic=False), state))
+    step = compiled(problem, _plain, dynamic=False) if compiling else _plain
+    return _each_call(state, partial(step, state))
 
 
 OP = Op(
@@ -200,7 +185,7 @@ OP = Op(
     peers=(
         Provider("torch fused", partial(theirs, fused=True)),
         Provider("torch foreach", partial(theirs, foreach=True)),
-        Provider("torch eager", eager),
-        Provider("torch.compile", compiled),
+        Provider("torch eager", plain),
+        Provider("torch.compile", partial(plain, compiling=True)),
     ),
 )

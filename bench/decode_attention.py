@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s1fast.bench.gemv import ROTATED_BYTES, replay
-from s1fast.bench.op import Forward, MissingError, Op, Problem, Provider
+from s1fast.bench.op import Forward, MissingError, Normal, Op, Problem, Provider
 from s1fast.errors import InputError
 from s1fast.kernels.decode_attention import decode_attention, decode_workspace
 
@@ -51,25 +51,17 @@ def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
     slots += [(-1, 0)] * sizes["idle"]
     line_C, position_C = torch.tensor(slots, dtype=torch.int32, device=device).T.contiguous()
 
-    random = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape = (2, sum(counts) + 1, PAGE, kv_heads, width)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=device, generator=random)
-
+    normal = Normal(device)
     q_CHK = normal(len(slots), heads, width)
-    read = 2 * int(length_B.sum()) * kv_heads * width * dtype.itemsize
+    read = 2 * int(length_B.sum()) * kv_heads * width * normal.dtype.itemsize
     copies = max(2, -(-ROTATED_BYTES[device.type] // read))
-    caches = [normal(*shape) for _ in range(copies)]
+    caches = [normal(2, sum(counts) + 1, PAGE, kv_heads, width) for _ in range(copies)]
     flops = copies * 4 * heads * width * queries * int(length_B.sum())
     return Problem(
         arguments=(q_CHK, caches, table_RP.to(device), line_C, position_C, sizes, length_B),
-        leaves={},
-        upstream=None,
+        num_bytes=copies * (read + 2 * q_CHK.nbytes),
         forward_flops=flops,
         flops=flops,
-        num_bytes=copies * (read + 2 * q_CHK.nbytes),
         backward=False,
     )
 

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from s1fast.bench.op import Forward, MissingError, Op, Problem, Provider
+from s1fast.bench.op import Forward, MissingError, Normal, Op, Problem, Provider, compiled
 from s1fast.matmul import CAPABILITY, by_torch, gemv, new_workspace
 
 EPS = 1e-6
@@ -33,12 +33,7 @@ def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
     m, n, k = sizes["M"], sizes["N"], sizes["K"]
     rows = n * (2 if sizes["swiglu"] else 1)
     copies = max(2, -(-ROTATED_BYTES[device.type] // (2 * rows * k)))
-    random = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        x = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        return x.normal_(mean, std, generator=random)
-
+    normal = Normal(device, torch.bfloat16)
     x_MK = normal(m, k)
     weights = [normal(rows, k, std=k**-0.5) for _ in range(copies)]
     norm_K = normal(k, std=0.1, mean=1.0) if sizes["norm"] else None
@@ -49,11 +44,9 @@ def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
     flops = 2 * count * rows * k * copies
     return Problem(
         arguments=(x_MK, weights, norm_K, residual_MN, bool(sizes["swiglu"]), live, count),
-        leaves={},
-        upstream=None,
+        num_bytes=copies * (weights[0].nbytes + around),
         forward_flops=flops,
         flops=flops,
-        num_bytes=copies * (weights[0].nbytes + around),
         backward=False,
     )
 
@@ -80,15 +73,10 @@ def ours(problem: Problem) -> Forward:
     return replay(product, weights, count)
 
 
-def torchs(problem: Problem, *, compiled: bool = False) -> Forward:
+def torchs(problem: Problem, *, compiling: bool = False) -> Forward:
     """cuBLAS for the product, our kernels for norm and gate; all slots, live or not."""
     x_MK, weights, norm_K, residual_MN, swiglu, _, count = problem.arguments
-    run = by_torch
-    if compiled:
-        if not x_MK.is_cuda:
-            raise MissingError("timed on a GPU only")
-        torch.compiler.reset()
-        run = torch.compile(by_torch, fullgraph=True)
+    run = compiled(problem, by_torch, fullgraph=True) if compiling else by_torch
 
     def product(weight_NK: Tensor) -> Tensor:
         return run(x_MK, weight_NK, norm_K, None, residual_MN, EPS, swiglu)
@@ -162,7 +150,7 @@ OP = Op(
     ours=Provider("s1fast", ours),
     peers=(
         Provider("torch", torchs),
-        Provider("torch.compile", partial(torchs, compiled=True)),
+        Provider("torch.compile", partial(torchs, compiling=True)),
         Provider("torch.mm", bare),
     ),
 )

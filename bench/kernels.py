@@ -96,16 +96,8 @@ def parse(arguments: Sequence[str]) -> KernelsConfig:
     parser.add_argument("--once", action="store_true", help="one warm launch of ours, for ncu")
     parser.add_argument("--compare", nargs="+", type=Path, default=(), help="two result files")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
-    found = parser.parse_args(arguments)
-    return KernelsConfig(
-        op=found.op,
-        shape=tuple(found.shape),
-        peers=tuple(found.peers),
-        against=tuple(found.against),
-        once=found.once,
-        compare=tuple(found.compare),
-        output=found.output,
-    )
+    found = vars(parser.parse_args(arguments))
+    return KernelsConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 
 def run(config: KernelsConfig) -> None:

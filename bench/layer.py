@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s1fast.bench import packed_attention as attention
-from s1fast.bench.op import Forward, MissingError, Op, Problem, Provider
+from s1fast.bench.op import Forward, Normal, Op, Problem, Provider, compiled
 from s1fast.kernels.packed_attention import packed_attention
 from s1fast.model import Layer, ModelConfig
 
@@ -48,17 +48,12 @@ def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
         tie_word_embeddings=False,
         attention_bias=True,
     )
-    random = torch.Generator(device).manual_seed(0)
+    normal, shape = Normal(device), (num_tokens, sizes["D"])
     layer = Layer(config).to(device=device, dtype=dtype)
     for weight in layer.parameters():
         std, mean = (weight.shape[-1] ** -0.5, 0.0) if weight.ndim == 2 else (0.1, 1.0)
-        torch.nn.init.normal_(weight, mean, std, generator=random)
-
-    def normal() -> Tensor:
-        shape = (num_tokens, sizes["D"])
-        return torch.randn(shape, dtype=dtype, device=device, generator=random)
-
-    hidden_TD, dout_TD = normal().requires_grad_(), normal()
+        torch.nn.init.normal_(weight, mean, std, generator=normal.random)
+    hidden_TD, dout_TD = normal(*shape).requires_grad_(), normal(*shape)
     position_T = torch.cat([torch.arange(n) for n in bounds.diff().tolist()]).to(device)
     freq_R = 1e6 ** -(torch.arange(0, sizes["K"], 2, device=device) / sizes["K"])
     angle_TR = position_T[:, None] * freq_R
@@ -75,18 +70,15 @@ def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
     )
 
 
-def ours(problem: Problem, *, recompute: bool = False, compiled: bool = False) -> Forward:
+def ours(problem: Problem, *, recompute: bool = False, compiling: bool = False) -> Forward:
     hidden_TD, cos_TR, sin_TR, bounds, longest, layer = problem.arguments
 
     def attend(index: int, q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
         return packed_attention(q_THK, k_TNK, v_TNK, bounds, longest)
 
     run = layer.forward
-    if compiled:
-        if not hidden_TD.is_cuda:
-            raise MissingError("attention on a CPU is no operation that a compiler could call")
-        torch.compiler.reset()
-        run = torch.compile(run, fullgraph=True)
+    if compiling:
+        run = compiled(problem, run, fullgraph=True)
     return lambda: run(0, hidden_TD, cos_TR, sin_TR, attend, None, recompute)
 
 
@@ -121,19 +113,14 @@ def _rotate(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_THK.dtype)
 
 
-def plain(problem: Problem, *, compiled: bool = False) -> Forward:
+def plain(problem: Problem, *, compiling: bool = False) -> Forward:
     hidden_TD, cos_TR, sin_TR, bounds, longest, layer = problem.arguments
     c = layer.config
 
     def attend(q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor) -> Tensor:
         return packed_attention(q_THK, k_TNK, v_TNK, bounds, longest)
 
-    run = plain_layer
-    if compiled:
-        if not hidden_TD.is_cuda:
-            raise MissingError("attention on a CPU is no operation that a compiler could call")
-        torch.compiler.reset()
-        run = torch.compile(run, fullgraph=True)
+    run = compiled(problem, plain_layer, fullgraph=True) if compiling else plain_layer
     heads = (c.num_attention_heads, c.num_key_value_heads)
     weights = dict(layer.named_parameters())
     return lambda: run(hidden_TD, cos_TR, sin_TR, weights, heads, attend)
@@ -178,7 +165,7 @@ def _exact(
     q_THK: Tensor, k_TNK: Tensor, v_TNK: Tensor, bounds: Tensor, longest: int, dout_THK: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     arguments = (q_THK, k_TNK, v_TNK, bounds, longest)
-    out_THK, gradients = attention.reference(Problem(arguments, {}, dout_THK, 0, 0, 0))
+    out_THK, gradients = attention.reference(Problem(arguments, upstream=dout_THK))
     assert isinstance(out_THK, Tensor)
     return out_THK, gradients
 
@@ -196,9 +183,9 @@ OP = Op(
     reference=reference,
     ours=Provider("s1fast", ours),
     peers=(
-        Provider("s1fast, compiled", partial(ours, compiled=True)),
+        Provider("s1fast, compiled", partial(ours, compiling=True)),
         Provider("s1fast, gate and up again", partial(ours, recompute=True)),
         Provider("torch eager", plain),
-        Provider("torch.compile", partial(plain, compiled=True)),
+        Provider("torch.compile", partial(plain, compiling=True)),
     ),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from s1fast.bench.op import Forward, MissingError, Op, Problem, Provider
+from s1fast.bench.op import Forward, Op, Problem, Provider, compiled
 from s1fast.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
 
 CHUNK_ROWS = 1024
@@ -61,7 +61,6 @@ def make(sizes: Mapping[str, int], device: torch.device) -> Problem:
             valid_rows,
         ),
         leaves={"hidden": hidden_TD, "weight": weight_VD},
-        upstream=None,
         forward_flops=2 * num_rows * num_classes * width,
         flops=6 * num_rows * num_classes * width,
         num_bytes=3 * once,
@@ -104,15 +103,9 @@ def _mean(hidden_TD: Tensor, weight_VD: Tensor, label_T: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden_TD, weight_VD).float(), label_T, ignore_index=IGNORE)
 
 
-def eager(problem: Problem) -> Forward:
-    return partial(_mean, *problem.arguments[:3])
-
-
-def compiled(problem: Problem) -> Forward:
-    if not problem.arguments[0].is_cuda:
-        raise MissingError("timed on a GPU only")
-    torch.compiler.reset()  # each shape anew: none is measured with code made for several
-    return partial(torch.compile(_mean, dynamic=False), *problem.arguments[:3])
+def plain(problem: Problem, *, compiling: bool = False) -> Forward:
+    mean = compiled(problem, _mean, dynamic=False) if compiling else _mean
+    return partial(mean, *problem.arguments[:3])
 
 
 def liger(problem: Problem, **settings: object) -> Forward:
@@ -167,8 +160,8 @@ OP = Op(
     reference=reference,
     ours=Provider("s1fast", lambda problem: lambda: linear_cross_entropy(*problem.arguments), None),
     peers=(
-        Provider("torch eager", eager),
-        Provider("torch.compile", compiled),
+        Provider("torch eager", plain),
+        Provider("torch.compile", partial(plain, compiling=True)),
         Provider("liger", liger, "liger-kernel"),
         Provider(
             "liger fp32, chunk_mem_const 8",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from s1fast.bench.op import Forward, MissingError, Op, Output, Problem, Provider, joined
+from s1fast.bench.op import Forward, Normal, Op, Output, Problem, Provider, compiled, joined
 from s1fast.kernels import swiglu
 from s1fast.kernels.rms_norm import add_rms_norm, rms_norm
 from s1fast.kernels.rope import merge, split
@@ -28,27 +28,10 @@ CHUNK_ROWS = 1024
 Function = Callable[..., Output]
 
 
-class _Random:
-    """Standard normal tensors, bf16 on a GPU, fp32 on a CPU, the same ones every time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed(0)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.options: dict[str, Any] = {"device": device, "dtype": dtype}
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, **self.options)
-
-
-def eager(problem: Problem, function: Function) -> Forward:
+def plain(problem: Problem, function: Function, *, compiling: bool = False) -> Forward:
+    if compiling:
+        function = compiled(problem, function, dynamic=False)
     return partial(function, *problem.arguments)
-
-
-def compiled(problem: Problem, function: Function) -> Forward:
-    if not problem.arguments[0].is_cuda:
-        raise MissingError("timed on a GPU only")
-    torch.compiler.reset()  # each shape anew: none is measured with code made for several
-    return partial(torch.compile(function, dynamic=False), *problem.arguments)
 
 
 def exact(problem: Problem, function: Function) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,15 +78,13 @@ def exact(problem: Problem, function: Function) -> tuple[Tensor, dict[str, Tenso
 
 def make_rms_norm(sizes: Mapping[str, int], device: torch.device) -> Problem:
     """y from x; with `residual` also the sum, normalised, and two gradients that meet in one."""
-    random, shape = _Random(device), (sizes["R"], sizes["D"])
+    random, shape = Normal(device), (sizes["R"], sizes["D"])
     x_RD, weight_D = random(*shape).requires_grad_(), random(sizes["D"]).requires_grad_()
     if not sizes["residual"]:
         return Problem(
             arguments=(x_RD, weight_D),
             leaves={"x": x_RD, "weight": weight_D},
             upstream=random(*shape),
-            forward_flops=0,
-            flops=0,
             num_bytes=5 * x_RD.nbytes,  # x, y; dy, x, dx
             forward_bytes=2 * x_RD.nbytes,
         )
@@ -112,8 +93,6 @@ def make_rms_norm(sizes: Mapping[str, int], device: torch.device) -> Problem:
         arguments=(x_RD, weight_D, residual_RD),
         leaves={"x": x_RD, "weight": weight_D, "residual": residual_RD},
         upstream=(random(*shape), random(*shape)),
-        forward_flops=0,
-        flops=0,
         num_bytes=8 * x_RD.nbytes,  # x, residual, sum, y; dsum, dy, sum, dx
         forward_bytes=4 * x_RD.nbytes,
     )
@@ -173,10 +152,10 @@ RMS_NORM = Op(
     cpu_shapes=("R40", "R40xresidual"),
     make=make_rms_norm,
     reference=partial(exact, function=_norm),
-    ours=Provider("s1fast", partial(eager, function=_our_norm)),
+    ours=Provider("s1fast", partial(plain, function=_our_norm)),
     peers=(
-        Provider("torch eager", partial(eager, function=_norm)),
-        Provider("torch.compile", partial(compiled, function=_norm)),
+        Provider("torch eager", partial(plain, function=_norm)),
+        Provider("torch.compile", partial(plain, function=_norm, compiling=True)),
         Provider("liger", liger_norm, "liger-kernel"),
         Provider("quack", quack_norm, "quack-kernels"),
     ),
@@ -188,7 +167,7 @@ RMS_NORM = Op(
 
 def make_rope(sizes: Mapping[str, int], device: torch.device) -> Problem:
     """Rotated queries and keys, and values, each by itself, from the fused projection."""
-    random, rows, width = _Random(device), sizes["R"], sizes["K"]
+    random, rows, width = Normal(device), sizes["R"], sizes["K"]
     heads, kv_heads = sizes["H"], sizes["N"]
     qkv_RHK = random(rows, heads + 2 * kv_heads, width).requires_grad_()
     freq = 1e6 ** -(torch.arange(0, width, 2, device=device) / width)
@@ -198,8 +177,6 @@ def make_rope(sizes: Mapping[str, int], device: torch.device) -> Problem:
         arguments=(qkv_RHK, angle.cos(), angle.sin(), heads, kv_heads),
         leaves={"qkv": qkv_RHK},
         upstream=tuple(random(rows, n, width) for n in (heads, kv_heads, kv_heads)),
-        forward_flops=0,
-        flops=0,
         num_bytes=2 * once,
         forward_bytes=once,
     )
@@ -255,10 +232,10 @@ ROPE = Op(
     cpu_shapes=("R40",),
     make=make_rope,
     reference=partial(exact, function=_split),
-    ours=Provider("s1fast", partial(eager, function=_Split.apply)),
+    ours=Provider("s1fast", partial(plain, function=_Split.apply)),
     peers=(
-        Provider("torch eager", partial(eager, function=_split)),
-        Provider("torch.compile", partial(compiled, function=_split)),
+        Provider("torch eager", partial(plain, function=_split)),
+        Provider("torch.compile", partial(plain, function=_split, compiling=True)),
         Provider("liger, gradients copied", liger_rope, "liger-kernel"),
     ),
 )
@@ -269,14 +246,12 @@ ROPE = Op(
 
 def make_swiglu(sizes: Mapping[str, int], device: torch.device) -> Problem:
     """y again in backward is counted for all: one that leaves it out moves 8 tensors, not 9."""
-    random, rows, width = _Random(device), sizes["R"], sizes["F"]
+    random, rows, width = Normal(device), sizes["R"], sizes["F"]
     gate_up, dy_RF = random(rows, 2 * width).requires_grad_(), random(rows, width)
     return Problem(
         arguments=(gate_up,),
         leaves={"gate_up": gate_up},
         upstream=dy_RF,
-        forward_flops=0,
-        flops=0,
         num_bytes=9 * dy_RF.nbytes,  # gate, up, y; dy, gate, up, dgate, dup, y again
         forward_bytes=3 * dy_RF.nbytes,
     )
@@ -314,10 +289,10 @@ SWIGLU = Op(
     cpu_shapes=("R40",),
     make=make_swiglu,
     reference=partial(exact, function=_product),
-    ours=Provider("s1fast", partial(eager, function=_Swiglu.apply)),
+    ours=Provider("s1fast", partial(plain, function=_Swiglu.apply)),
     peers=(
-        Provider("torch eager", partial(eager, function=_product)),
-        Provider("torch.compile", partial(compiled, function=_product)),
+        Provider("torch eager", partial(plain, function=_product)),
+        Provider("torch.compile", partial(plain, function=_product, compiling=True)),
         Provider("liger", liger_swiglu, "liger-kernel"),
     ),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,11 +39,11 @@ class Problem:
     """
 
     arguments: tuple[Any, ...]
-    leaves: dict[str, Tensor]
-    upstream: Output | None
-    forward_flops: int
-    flops: int
-    num_bytes: int
+    num_bytes: int = 0
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    upstream: Output | None = None
+    forward_flops: int = 0
+    flops: int = 0
     forward_bytes: int = 0
     backward: bool = True
 
@@ -126,6 +126,26 @@ class Op:
     def against(self, name: str, function: Callable[..., Output]) -> Provider:
         """One more provider: any callable that takes what ours takes."""
         return Provider(name, lambda problem: lambda: function(*problem.arguments))
+
+
+class Normal:
+    """Normal tensors, bf16 on a GPU, elsewhere fp32 unless told, the same ones every time."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.random = device, torch.Generator(device).manual_seed(0)
+        self.dtype = torch.bfloat16 if device.type == "cuda" else dtype
+
+    def __call__(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        x = torch.empty(shape, device=self.device, dtype=self.dtype)
+        return x.normal_(mean, std, generator=self.random)
+
+
+def compiled(problem: Problem, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The function by torch.compile, each shape anew: none is measured with code for several."""
+    if not problem.arguments[0].is_cuda:
+        raise MissingError("timed on a GPU only")
+    torch.compiler.reset()
+    return torch.compile(function, **options)
 
 
 def joined(output: Output) -> Tensor:

@@ -50,9 +50,9 @@ MEMORY = "memcheck --report-api-errors no"
 OURS = "--kernel-name 'regex=^_[a-z_]+_kernel$' --kernel-name kns=6s1fast"
 NCU = (
     "ncu --clock-control none --target-processes application-only --profile-from-start off "
-    "--launch-count 8 --kernel-name 'regex:^(_[a-z_]+_kernel|gemv_kernel)$' "
-    "--section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis "
-    f"--section Occupancy --metrics dram__bytes_read.sum,dram__bytes_write.sum {KERNELS} --once"
+    "--launch-count 12 --section SpeedOfLight --section WarpStateStats --section Occupancy "
+    "--section MemoryWorkloadAnalysis --metrics dram__bytes_read.sum,dram__bytes_write.sum "
+    f"{KERNELS} --once"
 )
 TEST_MIB = 34_000
 """Of the GPU's memory, that one process of tests may take."""

@@ -58,27 +58,6 @@ def append_qkv(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or layout, before any launch.
     """
-    tables = position_C, line_C, table_RP
-    _check(qkv_CQ, bias_Q, cos_XR, sin_XR, *tables, k_PSNK, v_PSNK, num_heads)
-    q_CHK = qkv_CQ.new_empty(len(qkv_CQ), num_heads, k_PSNK.shape[3])
-    function = triton_ if qkv_CQ.is_cuda else reference_
-    function(qkv_CQ, bias_Q, cos_XR, sin_XR, *tables, k_PSNK, v_PSNK, q_CHK)
-    return q_CHK
-
-
-def _check(
-    qkv_CQ: Tensor,
-    bias_Q: Tensor | None,
-    cos_XR: Tensor,
-    sin_XR: Tensor,
-    position_C: Tensor,
-    line_C: Tensor,
-    table_RP: Tensor,
-    k_PSNK: Tensor,
-    v_PSNK: Tensor,
-    num_heads: int,
-) -> None:
-    """Raises ValueError, naming the argument, what it is and what is accepted."""
     dtypes, device = floats(qkv_CQ, "qkv_CQ"), qkv_CQ.device
     expect("qkv_CQ", qkv_CQ, ("C", "Q"), dtypes, device)
     expect("k_PSNK", k_PSNK, ("P", "S", "N", "K"), (qkv_CQ.dtype,), device)
@@ -98,17 +77,19 @@ def _check(
     for name, x_C in (("position_C", position_C), ("line_C", line_C)):
         expect(name, x_C, (len(qkv_CQ),), (torch.int32,), device)
     expect("table_RP", table_RP, ("R", "P"), (torch.int32,), device)
-    for name, x in {
-        "qkv_CQ": qkv_CQ,
-        "table_RP": table_RP,
-        "k_PSNK": k_PSNK,
-        "v_PSNK": v_PSNK,
-    }.items():
+    strided = {"qkv_CQ": qkv_CQ, "table_RP": table_RP, "k_PSNK": k_PSNK, "v_PSNK": v_PSNK}
+    for name, x in strided.items():
         expect_unit_stride(name, x)
     whole = {"cos_XR": cos_XR, "sin_XR": sin_XR, "position_C": position_C, "line_C": line_C}
     for name, x in (whole if bias_Q is None else whole | {"bias_Q": bias_Q}).items():
         if not x.is_contiguous():
             raise ValueError(f"{name} has strides {x.stride()}, pass {name}.contiguous()")
+
+    q_CHK = qkv_CQ.new_empty(len(qkv_CQ), num_heads, width)
+    tables = position_C, line_C, table_RP
+    function = triton_ if qkv_CQ.is_cuda else reference_
+    function(qkv_CQ, bias_Q, cos_XR, sin_XR, *tables, k_PSNK, v_PSNK, q_CHK)
+    return q_CHK
 
 
 def reference_(

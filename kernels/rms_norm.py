@@ -62,7 +62,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         ValueError: an argument of the wrong shape, dtype, device or layout, before any launch.
     """
     _check(x_TD, weight_D, None)
-    return _op(x_TD, weight_D, eps)[0]
+    return _op(x_TD, None, weight_D, eps)[1]
 
 
 def add_rms_norm(
@@ -80,7 +80,7 @@ def add_rms_norm(
         ValueError: as rms_norm.
     """
     _check(x_TD, weight_D, residual_TD)
-    sum_TD, y_TD, _ = _add_op(x_TD, residual_TD, weight_D, eps)
+    sum_TD, y_TD, _ = _op(x_TD, residual_TD, weight_D, eps)
     return sum_TD, y_TD
 
 
@@ -367,18 +367,12 @@ def triton_backward(
 
 
 @torch.library.custom_op("s1fast::rms_norm", mutates_args=())
-def _op(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y_TD, rstd_T)"""
-    _, y_TD, rstd_T = _forward(x_TD, None, weight_D, eps)
-    return y_TD, rstd_T
-
-
-@torch.library.custom_op("s1fast::add_rms_norm", mutates_args=())
-def _add_op(
-    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+def _op(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum_TD, y_TD, rstd_T)"""
-    return _forward(x_TD, residual_TD, weight_D, eps)
+    """(sum_TD, y_TD, rstd_T); the sum is empty without a residual."""
+    sum_TD, y_TD, rstd_T = _forward(x_TD, residual_TD, weight_D, eps)
+    return x_TD.new_empty(0) if residual_TD is None else sum_TD, y_TD, rstd_T
 
 
 @torch.library.custom_op("s1fast::rms_norm_backward", mutates_args=())
@@ -391,21 +385,13 @@ def _backward_op(
 
 
 @_op.register_fake
-def _(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _rows(x_TD), x_TD.new_empty(len(x_TD), dtype=wide(x_TD.dtype))
-
-
-@_add_op.register_fake
-def _(
-    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _rows(x_TD), _rows(x_TD), x_TD.new_empty(len(x_TD), dtype=wide(x_TD.dtype))
+def _(x_TD, residual_TD, weight_D, eps):
+    sum_TD = x_TD.new_empty(0) if residual_TD is None else _rows(x_TD)
+    return sum_TD, _rows(x_TD), x_TD.new_empty(len(x_TD), dtype=wide(x_TD.dtype))
 
 
 @_backward_op.register_fake
-def _(
-    dy_TD: Tensor, x_TD: Tensor, rstd_T: Tensor, weight_D: Tensor, dresidual_TD: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(dy_TD, x_TD, rstd_T, weight_D, dresidual_TD):
     return _rows(x_TD), rstd_T.new_empty(weight_D.shape)
 
 
@@ -415,33 +401,21 @@ def _rows(x_TD: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x_TD, weight_D, _ = inputs
-    ctx.save_for_backward(x_TD, output[1], weight_D)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradient(ctx, dy_TD, _):
-    x_TD, rstd_T, weight_D = ctx.saved_tensors
-    dx_TD, dweight_D = _backward_op(dy_TD.contiguous(), x_TD, rstd_T, weight_D, None)
-    return dx_TD, dweight_D.to(weight_D.dtype), None
-
-
-def _setup_add_context(ctx, inputs, output) -> None:
+    x_TD, residual_TD, weight_D, _ = inputs
     sum_TD, _, rstd_T = output
-    ctx.save_for_backward(sum_TD, rstd_T, inputs[2])
-    ctx.mark_non_differentiable(rstd_T)
+    ctx.added = residual_TD is not None
+    ctx.save_for_backward(sum_TD if ctx.added else x_TD, rstd_T, weight_D)
+    ctx.mark_non_differentiable(rstd_T, *(() if ctx.added else (sum_TD,)))
 
 
-def _add_gradient(ctx, dsum_TD, dy_TD, _):
-    sum_TD, rstd_T, weight_D = ctx.saved_tensors
-    dx_TD, dweight_D = _backward_op(
-        dy_TD.contiguous(), sum_TD, rstd_T, weight_D, dsum_TD.contiguous()
-    )
-    return dx_TD, dx_TD, dweight_D.to(weight_D.dtype), None
+def _gradient(ctx, dsum_TD, dy_TD, _):
+    x_TD, rstd_T, weight_D = ctx.saved_tensors
+    dsum_TD = dsum_TD.contiguous() if ctx.added else None
+    dx_TD, dweight_D = _backward_op(dy_TD.contiguous(), x_TD, rstd_T, weight_D, dsum_TD)
+    return dx_TD, dx_TD if ctx.added else None, dweight_D.to(weight_D.dtype), None
 
 
 _op.register_autograd(_gradient, setup_context=_setup_context)
-_add_op.register_autograd(_add_gradient, setup_context=_setup_add_context)
 
 
 _INTEGERS = {"num_rows": "i32", "x_stride": "i32:16", "residual_stride": "i32:16"}

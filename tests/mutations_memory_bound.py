@@ -116,8 +116,8 @@ MUTATIONS = (
     _norm("reference: residual left out", "        dx_TD += dresidual_TD\n", "        pass\n"),
     _norm(
         "gradient of the sum",
-        "sum_TD, rstd_T, weight_D, dsum_TD.contiguous()",
-        "sum_TD, rstd_T, weight_D, None",
+        "dsum_TD = dsum_TD.contiguous() if ctx.added else None",
+        "dsum_TD = None",
     ),
     _rope("the wrong way", "if BACK:", "if not BACK:"),
     _rope("gradient turns on", "not ctx.back), None", "ctx.back), None"),

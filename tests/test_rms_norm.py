@@ -246,8 +246,8 @@ def test_opcheck() -> None:
     rstd_T = op.forward(x_TD, weight_D, EPS)[1]
     torch.library.opcheck(op._backward_op, (dy_TD, x_TD, rstd_T, weight_D, residual_TD))
     leaves = [x.requires_grad_() for x in (x_TD, residual_TD, weight_D)]
-    torch.library.opcheck(op._op, (*leaves[::2], EPS))
-    torch.library.opcheck(op._add_op, (*leaves, EPS))
+    torch.library.opcheck(op._op, (leaves[0], None, leaves[2], EPS))
+    torch.library.opcheck(op._op, (*leaves, EPS))
 
 
 # -- bad input ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WEIGHTS := .models/smollm2-135m
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow mutate lint gpu bench setup weights clean
+.PHONY: demo test test-slow mutate lint gpu visit bench setup weights clean
 
 setup: $(VENV)/.ready
 
@@ -47,6 +47,11 @@ lint: $(VENV)/.ready
 gpu:
 	$(PYTHON) -m pytest -q -W default -m gpu --durations=20
 	$(MAKE) bench
+
+# What bench/QUEUE.md asks of one GPU, in the order of worth: make visit SECONDS=560
+SECONDS ?= 560
+visit:
+	$(PYTHON) -m s1fast.bench.visit --seconds $(SECONDS)
 
 # By the environment that make test set up, where it did; else by the Python that is there.
 bench:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from s1fast.bench.op import Forward, MissingError, Normal, Op, Problem, Provider, compiled
+from s1fast.bench.op import Forward, MissingError, Normal, Op, Output, Problem, Provider, compiled
 from s1fast.matmul import CAPABILITY, by_torch, gemv, new_workspace
 
 EPS = 1e-6
@@ -100,7 +100,12 @@ def replay(product: Product, weights: list[Tensor], count: int) -> Forward:
             product(weight_NK)
         return product(weights[-1])[:count]
 
-    if not weights[0].is_cuda:
+    return captured(run, weights[0].device)
+
+
+def captured(run: Forward, device: torch.device) -> Forward:
+    """What it launches, on a GPU as a graph."""
+    if device.type != "cuda":
         return run
     with torch.no_grad():
         stream = torch.cuda.Stream()
@@ -110,11 +115,11 @@ def replay(product: Product, weights: list[Tensor], count: int) -> Forward:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out_MN = run()
+            out = run()
 
-    def forward() -> Tensor:
+    def forward() -> Output:
         graph.replay()
-        return out_MN
+        return out
 
     return forward
 

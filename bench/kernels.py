@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from s1fast.bench.adamw import OP as ADAMW
+from s1fast.bench.advance import OP as ADVANCE
 from s1fast.bench.decode_attention import OP as DECODE_ATTENTION
 from s1fast.bench.environment import RESULTS, environment, result_path, version
 from s1fast.bench.gemv import OP as GEMV
@@ -48,6 +49,7 @@ OPS = (
     LAYER,
     GEMV,
     DECODE_ATTENTION,
+    ADVANCE,
 )
 
 
@@ -61,9 +63,9 @@ class KernelsConfig:
     """Shapes instead of the default ones, as T4700xD5120xV152064xmasked50 for linear
     cross-entropy, S4096xB16xH40xN8xK128 for attention, R4700 for what only moves memory,
     P2000xnarrowxclip for AdamW, M1xN27648xK5120xnormxswiglu for the token loop's products,
-    L4096xB64xspread for its attention; what is left out keeps its default.
-    `masked` is the percentage of rows without label, `peaked` makes logits as after training,
-    `ragged` draws lengths as of s1K."""
+    L4096xB64xspread for its attention, B64xgreedy for its draws; what is left out keeps its
+    default. `masked` is the percentage of rows without label, `peaked` makes logits as after
+    training, `ragged` draws lengths as of s1K."""
     peers: tuple[str, ...] = ()
     """Only peers of these names, or with these in their name; "none" for ours alone."""
     against: tuple[str, ...] = ()
@@ -97,7 +99,8 @@ def parse(arguments: Sequence[str]) -> KernelsConfig:
     parser.add_argument("--compare", nargs="+", type=Path, default=(), help="two result files")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     found = vars(parser.parse_args(arguments))
-    return KernelsConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+    values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return KernelsConfig(**values)
 
 
 def run(config: KernelsConfig) -> None:

@@ -76,6 +76,7 @@ def table(workers: int) -> tuple[Item, ...]:
         Item("decode step", 120, f"{DECODE} --only step --batch 1 8 64 --matmul torch cuda"),
         Item("decode cases", 120, f"{DECODE} --only intervention forced tree latency"),
         Item("decode parallel", 90, f"{DECODE} --only parallel --batch 1 --matmul cuda"),
+        Item("kernels advance", 30, f"{KERNELS} --op advance"),
         Item("kernels decode_attention", 60, f"{KERNELS} --op decode_attention"),
         Item("kernels gemv", 60, f"{KERNELS} --op gemv"),
         Item("kernels memory", 120, f"{KERNELS} --shape R4700 R4700xresidual R32768xresidual"),

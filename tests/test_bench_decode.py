@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from s1fast.bench import decode, decode_peers
+from s1fast.bench import advance, decode, decode_peers
 from s1fast.bench.decode_setup import (
     Setup,
     config_of,
@@ -19,6 +19,7 @@ from s1fast.bench.decode_setup import (
     setup,
     step_bytes,
 )
+from s1fast.bench.op import parse_shape
 from s1fast.published import qwen
 from s1fast.request import SamplingParams
 
@@ -85,6 +86,19 @@ def test_bytes_of_a_step() -> None:
     weights = step_bytes(qwen("32B"), torch.bfloat16, 1, 0)
     assert weights == pytest.approx(63.97e9, rel=1e-3)
     assert step_bytes(qwen("32B"), torch.bfloat16, 2, 10) - weights == 20 * 256 * 1024
+
+
+@pytest.mark.parametrize("shape", advance.OP.cpu_shapes)
+def test_steps_draw_what_the_reference_draws(shape: str) -> None:
+    """From the same beginning every time, each row its own."""
+    problem = advance.OP.make(parse_shape(shape, advance.OP.cpu_sizes), CPU)
+    wanted, _ = advance.reference(problem)
+    run = advance.ours(problem)
+    for _ in range(2):
+        assert torch.equal(run(), wanted)
+    different = len(wanted.unique(dim=0))
+    assert wanted.shape == (2, advance.STEPS) and different == 2
+    assert (wanted[0] == wanted[0, 0]).all() == ("greedy" in shape)
 
 
 def test_peers_take_our_weights(small: Setup) -> None:

@@ -54,6 +54,8 @@ from s1fast.bench.environment import save
 from s1fast.bench.roofs import read_gb_s
 from s1fast.captured import DEPTH
 from s1fast.chat import Chat
+from s1fast.errors import InputError
+from s1fast.graphs import MOST_ROWS
 from s1fast.kv_cache import PAGE_SIZE
 from s1fast.matmul import Choice
 from s1fast.model import Model
@@ -63,6 +65,8 @@ from s1fast.tensor_parallel import shard_config
 CASES = ("step", "intervention", "forced", "tree", "latency", "parallel", "peers")
 GREEDY = SamplingParams()
 WARM_STEPS, TIMED_STEPS = 8, 32
+SHORTEST = 128
+"""Context: a row stands that far before it less what is decoded until it is timed."""
 
 ALL_REDUCE_US = {2: 7.0, 4: 10.0, 8: 11.0}
 """Ranks -> one sum over them on H100, published for 512 KiB by kernels that read all parts at once
@@ -305,7 +309,7 @@ def parallel(options: argparse.Namespace, results: Values) -> None:
     for ranks in (n for n in ALL_REDUCE_US if config.num_key_value_heads % n == 0):
         shard = shard_config(config, ranks, options.model)
         model, chat = random_model(shard, _device()), made_up_chat(config.vocab_size)
-        sum_us = options.all_reduce_us or ALL_REDUCE_US[ranks]
+        sum_us = ALL_REDUCE_US[ranks] if options.all_reduce_us is None else options.all_reduce_us
         sums_ms = 2 * config.num_hidden_layers * sum_us / 1e3
         positions = max(options.batch) * (max(options.context) + 64)
         for choice in options.matmul:
@@ -458,6 +462,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="save a trace of steady steps")
     parser.add_argument("--all-reduce-us", type=float, help="a sum over ranks; default: published")
     options = parser.parse_args(arguments)
+    for name, given, low, high in (
+        ("batch", options.batch, 1, MOST_ROWS),
+        ("context", options.context, SHORTEST, 1 << 30),
+        ("fraction", [options.fraction], 1e-3, 1.0),
+        ("all-reduce-us", [options.all_reduce_us or 0.0], 0.0, 1e6),
+    ):
+        if not all(low <= value <= high for value in given):
+            parser.error(f"--{name}: expected {low} to {high}, got {' '.join(map(str, given))}")
     try:
         longest = config_of(options.model).max_position_embeddings
     except KeyError:
@@ -472,6 +484,8 @@ def main() -> None:
     try:
         with torch.inference_mode():
             run(options, results)
+    except InputError as error:
+        sys.exit(f"s1fast: error: {error}")
     finally:
         if results.get("rows"):
             print(save("decode", results))

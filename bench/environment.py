@@ -88,13 +88,15 @@ def gpu_state() -> dict[str, Any] | None:
 
 
 def result_path(folder: Path, env: dict[str, Any], kind: str = "") -> Path:
-    """<folder>/[<kind>-]<device>-<date>-<commit>.json"""
+    """<folder>/[<kind>-]<device>-<date>-<commit>[-2].json: a name that no result has yet."""
     name = "-".join(filter(None, (kind, env["device"], env["date"], env["commit"])))
-    return folder / (re.sub(r"[^\w.-]+", "_", name) + ".json")
+    stem = re.sub(r"[^\w.-]+", "_", name)
+    names = (f"{stem}.json", *(f"{stem}-{number}.json" for number in range(2, 1000)))
+    return next(path for path in map(folder.joinpath, names) if not path.exists())
 
 
 def save(kind: str, values: dict[str, Any]) -> Path:
-    """Writes bench/results/<kind>-<device>-<date>-<commit>.json and returns its path."""
+    """Writes bench/results/<kind>-<device>-<date>-<commit>[-2].json and returns its path."""
     env = environment()
     make_directory(RESULTS)
     path = result_path(RESULTS, env, kind)

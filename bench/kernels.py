@@ -146,7 +146,7 @@ def _measure(
 ) -> None:
     """Roofs, then shape after shape; the JSON is rewritten after each: a crash leaves those before.
 
-    A narrowed run gets a name of its own, so that it does not replace a whole one.
+    A narrowed run gets a name of its own: tables are of whole ones.
     """
     env = environment()
     print(f"{env['device']}, torch {env['torch']}: roofs")

@@ -444,6 +444,18 @@ def test_peers_can_be_chosen(peers: tuple[str, ...], names: list[str], work: Pat
     assert all(name.startswith(start) for name, start in zip(found, names, strict=True))
 
 
+def test_no_result_is_replaced(work: Path) -> None:
+    """Two commands of one commit and one day."""
+    output = work / "twice"
+    for shape in ("T96", "R40xD48"):
+        kernels.run(kernels.KernelsConfig(shape=(shape,), peers=("none",), output=output))
+    first, second = sorted(output.glob("*.json"), key=lambda path: len(path.name))
+    assert second.name == first.name.replace(".json", "-2.json")
+    ops = [json.loads(path.read_text())["shapes"][0]["op"] for path in (first, second)]
+    assert ops == ["linear_cross_entropy", "rms_norm"]
+    assert len([*output.glob("*.csv")]) == len([*output.glob("*.png")]) == 2
+
+
 def test_against_shows_errors(narrow: dict[str, Any]) -> None:
     """A right function is right, one wrong row is seen, and no failure ends the run."""
     found = by_provider(narrow)

@@ -54,9 +54,7 @@ def test_every_case_but_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rank["projected_tokens_s"] == pytest.approx(3e3 / rank["projected_step_ms"])
 
 
-def test_what_was_measured_is_kept_when_a_case_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_measured_is_kept_when_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[str, Any] = {}
     monkeypatch.setattr(decode, "read_gb_s", lambda: 20.0)
     monkeypatch.setattr(decode, "save", lambda kind, values: kept.update(values))
@@ -66,10 +64,22 @@ def test_what_was_measured_is_kept_when_a_case_fails(
     with pytest.raises(ZeroDivisionError):
         decode.main()
     assert [row["case"] for row in kept["rows"]] == ["step"]
-    monkeypatch.setattr("sys.argv", ["decode", "--model", "5B"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model 5B", "--model: there is no Qwen2.5 of size '5B'"),
+        ("--small --batch 1 65", "--batch: expected 1 to 64, got 1 65"),
+        ("--small --context 5", "--context: expected 128 to"),
+        ("--small --fraction 0", "--fraction: expected 0.001 to 1.0, got 0.0"),
+        ("--small --all-reduce-us -3", "--all-reduce-us: expected 0.0 to"),
+    ],
+)
+def test_bad_flags_are_named(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        decode.main()
-    assert "--model: there is no Qwen2.5 of size '5B'" in capsys.readouterr().err
+        decode.parse(words.split())
+    assert said in capsys.readouterr().err
 
 
 def test_rows_stand_at_their_context(small: Setup) -> None:

@@ -145,6 +145,7 @@ def _measure(
     narrowed: bool,
 ) -> None:
     """Roofs, then shape after shape; the JSON is rewritten after each: a crash leaves those before.
+    What cannot be made is told when all others have been measured.
 
     A narrowed run gets a name of its own: tables are of whole ones.
     """
@@ -160,20 +161,29 @@ def _measure(
         "complete": False,
         "shapes": [],
     }
+    refused: list[str] = []
     for i, (op, sizes) in enumerate(shapes):
         print(f"{op.name} {shape_name(sizes)} ({i + 1} of {len(shapes)})", flush=True)
         chosen = [p for p in op.peers if not peers or p.name in _named(op, peers)]
         providers = [op.ours, *chosen, *(op.against(name, f) for name, f in functions)]
         versions = [version(p.package) if p.package else None for p in providers]
         named = list(zip(providers, versions, strict=True))
-        result["shapes"].append(measure_shape(op, sizes, named, ceilings, device))
+        try:
+            result["shapes"].append(measure_shape(op, sizes, named, ceilings, device))
+        except (InputError, torch.OutOfMemoryError) as error:  # its inputs, or their reference
+            text = str(error).splitlines()[0]
+            refused.append(text if "--shape" in text else f"--shape: {shape_name(sizes)}: {text}")
+            continue
         result["complete"] = not narrowed and len(result["shapes"]) == len(shapes)
         write_atomic(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    write_atomic(path.with_suffix(".csv"), csv_text(result))
-    write_atomic(path.with_suffix(".png"), plot(result))
-    for line in table(result):
-        print(line)
-    print(path)
+    if result["shapes"]:
+        write_atomic(path.with_suffix(".csv"), csv_text(result))
+        write_atomic(path.with_suffix(".png"), plot(result))
+        for line in table(result):
+            print(line)
+        print(path)
+    if refused:
+        raise InputError("; ".join(refused))
 
 
 def _named(op: Op, names: Sequence[str]) -> set[str]:

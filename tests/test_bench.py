@@ -456,6 +456,17 @@ def test_no_result_is_replaced(work: Path) -> None:
     assert len([*output.glob("*.csv")]) == len([*output.glob("*.png")]) == 2
 
 
+def test_a_shape_that_cannot_be_made_ends_nothing(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, shapes = work / "large", ("T999999999999", "T24xD16xV40")
+    with pytest.raises(InputError, match=r"T999999999999xD32xV500 cannot be made: [^;]*$"):
+        kernels.run(kernels.KernelsConfig(shape=shapes, peers=("none",), output=output))
+    (path,) = output.glob("*.json")
+    assert [s["shape"] for s in json.loads(path.read_text())["shapes"]] == ["T24xD16xV40"]
+    assert path.with_suffix(".csv").exists() and str(path) in capsys.readouterr().out
+
+
 def test_against_shows_errors(narrow: dict[str, Any]) -> None:
     """A right function is right, one wrong row is seen, and no failure ends the run."""
     found = by_provider(narrow)

@@ -16,6 +16,7 @@ from torch import Tensor
 from s1fast.automaton import Program
 from s1fast.bench.decode_setup import Setup, plain
 from s1fast.bench.timing import measure
+from s1fast.checkpoint import layout
 from s1fast.model import Layer, Model, inverse_frequencies
 from s1fast.request import SamplingParams
 
@@ -173,30 +174,13 @@ def transformers_static(model: Model, batch: int, context: int) -> dict[str, Any
 
 def _their_names(model: Model) -> dict[str, Tensor]:
     """Our weights under Hugging Face's names: views, no copies."""
-    c = model.config
-    kv = c.num_key_value_heads * c.head_dim
-    rows = (c.num_attention_heads * c.head_dim, kv, kv)
-    found: dict[str, Tensor] = {
-        "model.embed_tokens.weight": model.embed.weight,
-        "model.norm.weight": model.head.norm,
-        "lm_head.weight": model.head_weight,
+    weights = dict(model.named_parameters())
+    found = {
+        part.name: weights[ours][part.start : part.stop]
+        for ours, parts in layout(model.config).items()
+        for part in parts
     }
-    for i, layer in enumerate(cast(list[Layer], list(model.layers))):
-        at = f"model.layers.{i}."
-        assert layer.qkv_bias is not None
-        parts = zip("qkv", layer.qkv_weight.split(rows), layer.qkv_bias.split(rows), strict=True)
-        for name, weight, bias in parts:
-            found[f"{at}self_attn.{name}_proj.weight"] = weight
-            found[f"{at}self_attn.{name}_proj.bias"] = bias
-        gate, up = layer.gate_up_weight.chunk(2)
-        found |= {
-            f"{at}self_attn.o_proj.weight": layer.o_weight,
-            f"{at}mlp.gate_proj.weight": gate,
-            f"{at}mlp.up_proj.weight": up,
-            f"{at}mlp.down_proj.weight": layer.down_weight,
-            f"{at}input_layernorm.weight": layer.input_norm,
-            f"{at}post_attention_layernorm.weight": layer.post_norm,
-        }
+    found["lm_head.weight"] = model.head_weight
     return {name: torch.nn.Parameter(x, requires_grad=False) for name, x in found.items()}
 
 

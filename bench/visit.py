@@ -31,7 +31,8 @@ from s1fast.bench.environment import RESULTS
 
 TESTS = "python -m pytest -v -rf --tb short -W default -m gpu"
 KERNELS = "python -m s1fast.bench.kernels"
-DECODE = "python -m s1fast.bench.decode --context 8192"
+DECODE = "python -m s1fast.bench.decode"
+SFT = "python -m s1fast.bench.single_gpu_sft"
 FIRST = "tests/test_gpu_advance.py", "tests/test_gpu_decode.py"
 SMALL = (
     f"{KERNELS} --once --shape R37 R37xD5120xresidual T70xD256xV1100xmasked50 P1 P1xnarrowxclip "
@@ -54,6 +55,7 @@ NCU = (
     "--section MemoryWorkloadAnalysis --metrics dram__bytes_read.sum,dram__bytes_write.sum "
     f"{KERNELS} --once"
 )
+TEST_FILES = RESULTS.parent.parent / "tests"
 TEST_MIB = 34_000
 """Of the GPU's memory, that one process of tests may take."""
 
@@ -69,26 +71,41 @@ class Item:
 
 def table(workers: int) -> tuple[Item, ...]:
     """All items, the most wanted first; tests in so many processes."""
-    rest = " ".join(f"--ignore {path}" for path in FIRST) + f" -n {workers}" * (workers > 1)
+    of_gpus = [p for p in sorted(TEST_FILES.glob("test_*.py")) if "mark.gpu" in p.read_text()]
+    rest = " ".join(name for p in of_gpus if (name := f"tests/{p.name}") not in FIRST)
     return (
         Item("tests never passed", 90, f"{TESTS} {' '.join(FIRST)}"),
-        Item("tests", 270, f"{TESTS} {rest} tests"),
-        Item("decode step", 120, f"{DECODE} --only step --batch 1 8 64 --matmul torch cuda"),
-        Item("decode cases", 120, f"{DECODE} --only intervention forced tree latency"),
-        Item("decode parallel", 90, f"{DECODE} --only parallel --batch 1 --matmul cuda"),
+        Item("tests", 270, f"{TESTS} {f'-n {workers}' if workers > 1 else ''} {rest}"),
+        Item(
+            "decode step",
+            120,
+            f"{DECODE} --only step --batch 1 8 64 --context 1024 8192 --matmul torch cuda",
+        ),
+        Item(
+            "decode cases",
+            150,
+            f"{DECODE} --only intervention forced tree latency --context 8192 --matmul cuda "
+            "--batch 1 --fraction 0.05",
+        ),
+        Item(
+            "decode parallel",
+            90,
+            f"{DECODE} --only parallel --batch 1 8 --context 8192 --matmul cuda",
+        ),
         Item("kernels advance", 30, f"{KERNELS} --op advance"),
         Item("kernels decode_attention", 60, f"{KERNELS} --op decode_attention"),
-        Item("kernels gemv", 60, f"{KERNELS} --op gemv"),
+        Item("kernels gemv", 60, f"{KERNELS} --op gemv --peers torch torch.mm"),
         Item("kernels memory", 120, f"{KERNELS} --shape R4700 R4700xresidual R32768xresidual"),
         Item("kernels adamw", 60, f"{KERNELS} --shape P2000 P2000xnarrow P2000xnarrowxclip"),
         Item(
             "kernels attention",
             120,
-            f"{KERNELS} --shape S1024xB64 S2048xB32 S4096xB16 S8192xB8 S16384xB4 S32768xB2",
+            f"{KERNELS} --shape S1024xB64 S2048xB32 S4096xB16 S8192xB8 S16384xB4 S32768xB2 "
+            "--peers 'torch varlen' cuDNN flash-attn",
         ),
-        Item("kernels loss", 90, f"{KERNELS} --shape T4700 T4700xpeaked T32768"),
-        Item("single_gpu_sft", 180, "python -m s1fast.bench.single_gpu_sft"),
-        Item("layer_step", 60, "python -m s1fast.bench.layer_step"),
+        Item("kernels loss", 120, f"{KERNELS} --shape T4700 T4700xpeaked T32768"),
+        Item("single_gpu_sft", 90, f"{SFT} --only"),
+        Item("layer_step", 90, "python -m s1fast.bench.layer_step"),
         Item("sanitizer memory", 60, f"{ALONE} {CHECK} {MEMORY} {OURS} {SMALL}"),
         Item("sanitizer races", 60, f"{ALONE} {CHECK} racecheck {OURS} {SMALL}"),
         # Of all kernels: a tensor that torch's have written is no error of ours.
@@ -100,8 +117,9 @@ def table(workers: int) -> tuple[Item, ...]:
         Item("ncu loss", 45, f"{NCU} --shape T4700"),
         Item("ncu gemv", 45, f"{NCU} --shape N27648xnormxswiglu"),
         Item("ncu decode_attention", 45, f"{NCU} --shape L32768"),
-        Item("kernels layer", 120, f"{KERNELS} --op layer"),
-        Item("decode peers", 240, f"{DECODE} --only step peers --batch 1"),
+        Item("kernels layer", 150, f"{KERNELS} --op layer"),
+        Item("single_gpu_sft peers", 240, f"{SFT} --only 'varlen, one sequence'"),
+        Item("decode peers", 240, f"{DECODE} --only step peers --batch 1 --context 8192"),
     )
 
 

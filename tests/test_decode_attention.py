@@ -18,6 +18,7 @@ from s1fast.kernels import decode_attention as op
 from s1fast.kernels import decode_attention_triton as kernels
 from s1fast.kernels import prefill_attention_triton as prefill_kernels
 from s1fast.kernels.decode_attention import decode_attention, decode_workspace, prefill_attention
+from tensors import far_apart, random
 from tolerances import check_against_eager
 
 ON_GPU = torch.cuda.is_available()
@@ -64,11 +65,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, smal
         monkeypatch.setattr(op, "reference_decode", kernels.decode)
         monkeypatch.setattr(op, "reference_prefill", prefill_kernels.prefill)
     return "cuda" if ON_GPU else "cpu"
-
-
-def random(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=draw, dtype=torch.float64).to(device, dtype)
 
 
 def pages(
@@ -345,20 +341,10 @@ def test_prefill(device: str, dtype: torch.dtype, start: int, count: int) -> Non
 # -- sizes -------------------------------------------------------------------------------------
 
 
-def far_apart(x_PSNK: Tensor) -> Tensor:
-    """The same pages, 2^30 elements apart; only what is used of them takes memory."""
-    stride = (1 << 30) + 16
-    shape, strides = x_PSNK.shape, (stride, *x_PSNK.stride()[1:])
-    apart = torch.empty((len(x_PSNK) - 1) * stride + x_PSNK[0].numel(), dtype=x_PSNK.dtype)
-    return apart.as_strided(shape, strides).copy_(x_PSNK)
-
-
 def test_pages_beyond_int32(device: str) -> None:
-    """The third page begins 4 GB behind the first. Virtual memory only, so on a CPU alone."""
-    if device == "cuda":
-        return
+    """The third page begins 4 GB behind the first."""
     k_PSNK, v_PSNK = (random(4, SIZE, 1, 64, dtype=BF16, device=device, seed=i) for i in (2, 3))
-    table_RP = torch.tensor([[3, 2, 1]], dtype=torch.int32)
+    table_RP = torch.tensor([[3, 2, 1]], dtype=torch.int32, device=device)
     q_CHK = random(2, 5, 64, dtype=BF16, device=device)
     far = far_apart(k_PSNK), far_apart(v_PSNK)
     slots = [(0, 46), (0, 47)]

@@ -17,14 +17,10 @@ from s1fast.kernels.packed_attention import packed_attention
 from s1fast.kernels.rms_norm import rms_norm
 from s1fast.kernels.rope import rope
 from s1fast.kernels.swiglu import swiglu
+from tensors import random
 
 # Half a unit in the last place of each dtype, relative: what one rounding costs.
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def gap(found: Tensor, wanted: Tensor) -> float:

@@ -16,6 +16,7 @@ from s1fast.kernels import decode_attention_triton as attention_kernels
 from s1fast.kernels import page_append as op
 from s1fast.kernels.decode_attention import decode_attention, decode_workspace
 from s1fast.kernels.page_append import append_qkv
+from tensors import far_apart, random
 from tolerances import check_against_eager
 
 ON_GPU = torch.cuda.is_available()
@@ -44,11 +45,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setattr(attention, "reference_decode", attention_kernels.decode)
         monkeypatch.setattr(attention_kernels, "PROGRAMS", 4)  # of which most would be idle here
     return "cuda" if ON_GPU else "cpu"
-
-
-def random(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=draw, dtype=torch.float64).to(device, dtype)
 
 
 def tables(width: int, device: str) -> tuple[Tensor, Tensor]:
@@ -159,14 +155,6 @@ def test_appended_is_what_is_attended_to(device: str) -> None:
     torch.testing.assert_close(
         torch.cat(outs).double(), exact_HCK.transpose(0, 1), rtol=0, atol=1e-5
     )
-
-
-def far_apart(x_PSNK: Tensor) -> Tensor:
-    """The same pages, 2^30 elements apart; only what is used of them takes memory."""
-    stride = (1 << 30) + 16
-    shape, strides = x_PSNK.shape, (stride, *x_PSNK.stride()[1:])
-    apart = torch.empty((len(x_PSNK) - 1) * stride + x_PSNK[0].numel(), dtype=x_PSNK.dtype)
-    return apart.as_strided(shape, strides).copy_(x_PSNK)
 
 
 def test_pages_beyond_int32(device: str) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from s1fast.kernels import rms_norm as op
 from s1fast.kernels.rms_norm import add_rms_norm, rms_norm
+from tensors import far_apart, random
 from tolerances import check_against_eager
 
 ON_GPU = torch.cuda.is_available()
 PATHS = ["reference", pytest.param("triton", marks=[pytest.mark.gpu] if ON_GPU else [])]
 EPS = 1e-3
-FAR = (1 << 30) + 16  # fits an int32, and so does a row's number: their product does not
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 # Widths of a power of two, of none, odd; in tiles of 1,024 elements: several rows, one row, rows
@@ -38,11 +38,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         for name in ("forward", "normalise", "backward"):
             monkeypatch.setattr(op, f"reference_{name}", getattr(op, f"triton_{name}"))
     return "cuda" if ON_GPU else "cpu"
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = FP32, device: str = "cpu") -> Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=draw, dtype=FP64).to(device, dtype)
 
 
 def problem(
@@ -178,13 +173,6 @@ def test_rows_may_lie_apart(device: str, dtype: torch.dtype) -> None:
     leaf_TD = x_TD.clone().requires_grad_()
     rms_norm(leaf_TD, weight_D, EPS).sum().backward()  # its gradient has no strides at all
     assert leaf_TD.grad is not None and leaf_TD.grad.isfinite().all()
-
-
-def far_apart(x: Tensor) -> Tensor:
-    """The same rows, 2^30 elements apart; only what is used of them takes memory."""
-    apart = torch.empty((len(x) - 1) * FAR + x[0].numel(), dtype=x.dtype, device=x.device)
-    far = apart.as_strided(x.shape, (FAR, *x.stride()[1:]))
-    return far.copy_(x)
 
 
 def test_rows_beyond_int32(device: str) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from s1fast.kernels import rope as op
 from s1fast.kernels.rope import merge, rope, rope_, split
+from tensors import far_apart, random
 from tolerances import check_against_eager
 
 ON_GPU = torch.cuda.is_available()
 PATHS = ["reference", pytest.param("triton", marks=[pytest.mark.gpu] if ON_GPU else [])]
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-FAR = (1 << 30) + 16  # fits an int32, and so does a row's number: their product does not
 
 # (T, H, N, K): whole tiles of rows and ragged ones, halves of a power of two and of none, one
 # token, one head of each, none of the tokens.
@@ -34,11 +34,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if not ON_GPU:
         monkeypatch.setattr(op, "reference_", op.triton_)
     return "cuda" if ON_GPU else "cpu"
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = FP32, device: str = "cpu") -> Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=draw, dtype=FP64).to(device, dtype)
 
 
 def tables(num_tokens: int, width: int, device: str) -> tuple[Tensor, Tensor]:
@@ -123,13 +118,6 @@ def test_split_and_merge(device: str, dtype: torch.dtype, shape: tuple[int, ...]
     check(dqkv_THK[:, :h], dq_THK, cos_TR, sin_TR, back=True, what="dq")
     check(dqkv_THK[:, h : h + n], dk_TNK, cos_TR, sin_TR, back=True, what="dk")
     assert torch.equal(dqkv_THK[:, h + n :], dv_TNK)
-
-
-def far_apart(x: Tensor) -> Tensor:
-    """The same rows, 2^30 elements apart; only what is used of them takes memory."""
-    apart = torch.empty((len(x) - 1) * FAR + x[0].numel(), dtype=x.dtype, device=x.device)
-    far = apart.as_strided(x.shape, (FAR, *x.stride()[1:]))
-    return far.copy_(x)
 
 
 def test_tokens_and_heads_beyond_int32(device: str) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from s1fast.kernels import swiglu as op
 from s1fast.kernels.swiglu import swiglu
+from tensors import far_apart
 from tolerances import check_against_eager
 
 ON_GPU = torch.cuda.is_available()
 PATHS = ["reference", pytest.param("triton", marks=[pytest.mark.gpu] if ON_GPU else [])]
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-FAR = (1 << 30) + 16  # fits an int32, and so does a row's number: their product does not
 
 # (T, F): in blocks of 256 or 128 columns: whole ones and a rest, less than one, an odd number.
 SHAPES = [(5, 512), (7, 600), (9, 40), (3, 1001), (1, 300)]
@@ -123,13 +123,6 @@ def test_rows_may_lie_apart(device: str, dtype: torch.dtype) -> None:
     swiglu(leaf).sum().backward()  # its gradient has no strides at all
     assert leaf.grad is not None
     assert torch.equal(leaf.grad, op.backward(torch.ones_like(dy_TF), gate_up_TF2)[0])
-
-
-def far_apart(x: Tensor) -> Tensor:
-    """The same rows, 2^30 elements apart; only what is used of them takes memory."""
-    apart = torch.empty((len(x) - 1) * FAR + x[0].numel(), dtype=x.dtype, device=x.device)
-    far = apart.as_strided(x.shape, (FAR, *x.stride()[1:]))
-    return far.copy_(x)
 
 
 def test_rows_beyond_int32(device: str) -> None:

@@ -6,9 +6,9 @@
 
 Every item is a process of its own. One that is not expected to end in the time left is passed over;
 one that takes twice what is expected is interrupted, at which pytest still names what failed, and
-then killed. A line tells of each as it ends. The output folder gets two files, whatever was run:
-`visit.log`, written as it comes, and `results.tar`, to which every item adds what it left in
-bench/results. To be run in the checkout's folder.
+then killed. A line tells of each as it ends, and one more of each test that failed. The output folder
+gets two files, whatever was run: `visit.log`, written as it comes, and `results.tar`, to which
+every item adds what it left in bench/results. To be run in the checkout's folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -55,6 +56,8 @@ NCU = (
     "--section MemoryWorkloadAnalysis --metrics dram__bytes_read.sum,dram__bytes_write.sum "
     f"{KERNELS} --once"
 )
+FAILED = re.compile(r"tests/\S+(?= FAILED| ERROR)|(?:(?<=FAILED )|(?<=ERROR ))tests/\S+")
+"""Tests, as pytest names them when they fail and when it sums up."""
 TEST_FILES = RESULTS.parent.parent / "tests"
 TEST_MIB = 34_000
 """Of the GPU's memory, that one process of tests may take."""
@@ -129,10 +132,11 @@ def run(
     """Runs what there is time for; what became of each item, by name."""
     output.mkdir(parents=True, exist_ok=True)
     stop, found = time.monotonic() + seconds, {}
-    with open(output / "visit.log", "ab", buffering=0) as log:
+    with open(output / "visit.log", "a+b", buffering=0) as log:
         for item in items:
             began, stamp = time.monotonic(), time.time_ns()
             log.write(f"\n=== {item.name}: {item.command}\n".encode())
+            here = log.tell()
             status = found[item.name] = _run(item, stop - began, log.fileno())
             fresh = [p for p in results.iterdir() if p.is_file() and p.stat().st_mtime_ns >= stamp]
             with tarfile.open(output / "results.tar", "a") as tar:
@@ -141,6 +145,9 @@ def run(
             names = " ".join(sorted(path.name for path in fresh))
             line = f"{item.name}: {status}, {time.monotonic() - began:.0f} s {names}".rstrip()
             print(line, flush=True)
+            log.seek(here)
+            for test in sorted({*FAILED.findall(log.read().decode(errors="replace"))}):
+                print(f"  failed: {test}", flush=True)
             log.write(f"=== {line}\n".encode())
     return found
 
@@ -148,7 +155,7 @@ def run(
 def _run(item: Item, left: float, log: int) -> str:
     """The command in a session of its own, so that what it started ends with it."""
     words = [sys.executable if w == "python" else w for w in shlex.split(item.command)]
-    env = dict(os.environ)
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
     while "=" in words[0]:
         name, _, env[name] = words.pop(0).partition("=")
     if shutil.which(words[0]) is None:

@@ -16,6 +16,14 @@ from s1fast.bench.visit import Item, run, table
 ROOT = Path(__file__).resolve().parent.parent
 
 
+FAILURES = """
+tests/a.py::test_b[c] FAILED [  3%]
+[gw1] [ 50%] FAILED tests/d.py::test_e
+tests/d.py::test_f PASSED
+FAILED tests/a.py::test_b[c] - assert 0
+"""
+
+
 def script(name: str, seconds: int, code: str) -> Item:
     return Item(name, seconds, f"WORD=there python -c {shlex.quote(code)}")
 
@@ -38,7 +46,9 @@ def test_goes_on_whatever_becomes_of_an_item(
     )
     items = [
         script("good", 1, f"import os; open({str(results / 'new.json')!r}, 'w').write('new')"),
-        script("bad", 1, "import os; print(os.environ['WORD']); raise SystemExit(3)"),
+        script(
+            "bad", 1, f"import os; print(os.environ['WORD'], {FAILURES!r}); raise SystemExit(3)"
+        ),
         script("slow", 1, hangs),
         script("long", 600, "print('never')"),
         Item("tool", 1, "no-such-tool --flag"),
@@ -54,10 +64,12 @@ def test_goes_on_whatever_becomes_of_an_item(
         ("last", "ok"),
     ]
     said = capsys.readouterr().out.splitlines()
+    assert said[2:4] == ["  failed: tests/a.py::test_b[c]", "  failed: tests/d.py::test_e"]
+    del said[2:4]
     assert [line.partition(":")[0] for line in said] == list(found)
     assert said[0].endswith(" s new.json") and "failed with 3, " in said[1]
     log = (output / "visit.log").read_text()
-    assert "\nthere\n" in log and "summed up" in log and "the last one" in log
+    assert "\nthere \n" in log and "summed up" in log and "the last one" in log
     assert "\nnever\n" not in log
     pid = int(log.split("child ")[-1].split()[0])
     assert not alive(pid), "a process was left behind"

@@ -6,9 +6,9 @@
 
 Every item is a process of its own. One that is not expected to end in the time left is passed over;
 one that takes twice what is expected is interrupted, at which pytest still names what failed, and
-then killed. A line tells of each as it ends, and one more of each test that failed. The output folder
-gets two files, whatever was run: `visit.log`, written as it comes, and `results.tar`, to which
-every item adds what it left in bench/results. To be run in the checkout's folder.
+then killed. A line tells of each as it ends, and one more of each test that failed. The output
+folder gets two files, whatever was run: `visit.log`, written as it comes, and `results.tar`, to
+which every item adds what it left in bench/results. To be run in the checkout's folder.
 """
 
 from __future__ import annotations

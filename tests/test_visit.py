@@ -21,6 +21,7 @@ tests/a.py::test_b[c] FAILED [  3%]
 [gw1] [ 50%] FAILED tests/d.py::test_e
 tests/d.py::test_f PASSED
 FAILED tests/a.py::test_b[c] - assert 0
+ERROR tests/d.py::test_e
 """
 
 

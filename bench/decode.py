@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -306,21 +307,15 @@ def parallel(options: argparse.Namespace, results: Values) -> None:
     """Steps of every number of ranks that the key-value heads divide by. The head is whole on each
     rank, as tensor_parallel.py has it."""
     config = config_of(options.model)
+    chat = made_up_chat(config.vocab_size)
     for ranks in (n for n in ALL_REDUCE_US if config.num_key_value_heads % n == 0):
-        shard = shard_config(config, ranks, options.model)
-        model, chat = random_model(shard, _device()), made_up_chat(config.vocab_size)
+        model = random_model(shard_config(config, ranks, options.model), _device())
         sum_us = ALL_REDUCE_US[ranks] if options.all_reduce_us is None else options.all_reduce_us
         sums_ms = 2 * config.num_hidden_layers * sum_us / 1e3
-        positions = max(options.batch) * (max(options.context) + 64)
+        rows = max(options.batch)
+        positions = rows * (max(options.context) + 64)
         for choice in options.matmul:
-            s = setup(
-                model,
-                chat,
-                max_rows=max(options.batch),
-                positions=positions,
-                choice=choice,
-                reuse=True,
-            )
+            s = setup(model, chat, max_rows=rows, positions=positions, choice=choice, reuse=True)
             for batch, context in _pairs(options, results, s, f"{ranks} ranks"):
                 found = step(s, batch, context, results["read_gb_s"])
                 projected_ms = found["step_ms"] + sums_ms
@@ -335,6 +330,14 @@ def parallel(options: argparse.Namespace, results: Values) -> None:
                 _record(results, "parallel", where, values)
             del s
         del model
+        _free()
+
+
+def _free() -> None:
+    """The device's memory is to be there for the next model."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -344,8 +347,7 @@ def run(options: argparse.Namespace, results: Values) -> None:
     """Adds to the results as they come."""
     results |= {"model": options.model, "read_gb_s": read_gb_s(), "rows": [], "not_fitting": []}
     print(f"read roof {results['read_gb_s']:.0f} GB/s")
-    if _device().type == "cuda":
-        torch.cuda.empty_cache()  # the model is to have that memory
+    _free()
     if "parallel" in options.only:
         parallel(options, results)
     if {*options.only} - {"parallel"} or options.profile:

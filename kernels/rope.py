@@ -42,13 +42,6 @@ def rope(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return _op(x_THK, cos_TR, sin_TR, False)
 
 
-def rope_(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """rope in place, without autograd; returns x_THK."""
-    _check("x_THK", x_THK, cos_TR, sin_TR)
-    _rotate((x_THK,), (x_THK,), cos_TR, sin_TR, 1, back=False)
-    return x_THK
-
-
 def split(
     qkv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +172,7 @@ def _rotate_kernel(
     BACK: tl.constexpr,
 ):
     """A row is a head of a token; rows go token by token, as the fused projection lies in memory.
-    Both halves of a row are in one thread before either is written."""
+    Both halves of a row are in one thread."""
     TOTAL: tl.constexpr = HEADS + 2 * KV_HEADS
     row_X = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token_X = (row_X // TOTAL).to(tl.int64)

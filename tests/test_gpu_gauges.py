@@ -98,7 +98,8 @@ def test_the_peak_is_that_of_the_step(layout: Layout, make_model: Callable[..., 
 
 
 def test_a_wait_on_the_stream_is_exposed() -> None:
-    """A span around ten million cycles of another stream's sleep, 5 ms and more, lasts as long."""
+    """A span around ten million cycles of another stream's sleep, 5 ms and more, lasts as long, or
+    longer where other processes share the device."""
     device, other = torch.device("cuda", 0), torch.cuda.Stream()
     with exposed.collecting(device):
         with exposed.span():
@@ -110,7 +111,7 @@ def test_a_wait_on_the_stream_is_exposed() -> None:
     assert isinstance(after, torch.cuda.Event)
     after.synchronize()
     assert spans is not None and len(spans) == 1
-    assert 0.003 < exposed.seconds(*spans[0]) < 0.1
+    assert 0.003 < exposed.seconds(*spans[0]) < 1.0
 
 
 def test_a_profiled_run(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s1fast.kernels import rms_norm as norm
 from s1fast.kernels import swiglu
-from s1fast.kernels.rope import merge, rope_, split
+from s1fast.kernels.rope import merge, rope, split
 from tolerances import check_against_eager
 
 pytestmark = [
@@ -110,7 +110,7 @@ def test_rope(num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype) 
     joint_THK = torch.cat(parts[:2], 1)
     check_rows(dqkv_THK[:, : h + n], turned, joint_THK, cos_TR, -sin_TR, what="dq, dk")
     assert torch.equal(dqkv_THK[:, h + n :], parts[2])
-    assert torch.equal(rope_(qkv_THK[:, : h + n], cos_TR, sin_TR), joint_THK)
+    assert torch.equal(rope(qkv_THK[:, : h + n], cos_TR, sin_TR), joint_THK)
 
 
 def product(gate_up: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from s1fast.bench.environment import RESULTS
 
-TESTS = "python -m pytest -v -rf --tb short -W default -m gpu"
+TESTS = "python -m pytest -v -rf --tb short -W default -p no:benchmark -m gpu"
 KERNELS = "python -m s1fast.bench.kernels"
 DECODE = "python -m s1fast.bench.decode"
 SFT = "python -m s1fast.bench.single_gpu_sft"

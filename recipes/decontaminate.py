@@ -15,14 +15,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from s1fast.errors import InputError
-from s1fast.recipes.questions import Row, read_questions, text_of, write_rows, write_skipped
+from s1fast.errors import InputError, exit_on_input_error
+from s1fast.recipes.questions import (
+    Row,
+    check_target,
+    read_questions,
+    text_of,
+    write_rows,
+    write_skipped,
+)
 from s1fast.rows import read_rows
 
 NGRAM = 8
@@ -116,27 +122,36 @@ def main() -> None:
     parser.add_argument("--against", type=Path, nargs="+", required=True, help="test questions")
     parser.add_argument("--ray-workers", type=int, default=0, help="compare with tests on Ray")
     given = parser.parse_args()
-    try:
+    with exit_on_input_error():
+        check_target(given.target, [*given.sources, *given.against])
         questions = read_questions(given.sources)
         rows, tests = questions.rows, read_ngrams(given.against)
         flagged = [False] * len(rows)
         if given.ray_workers:
             flagged, tests = flag_with_ray(rows, tests, given.ray_workers), set()
-        pairs = zip(rows, flagged, strict=True)
-        rest = [r for r, bad in pairs if not bad or _source(r) == AIME]
-        out = {"test": len(rows) - len(rest), "source": 0, "duplicate": 0}
-        kept = []
+        left_out: dict[str, list[Row]] = {"test": [], "source": [], "duplicate": []}
+        rest: list[Row] = []
+        kept: list[Row] = []
+        for row, bad in zip(rows, flagged, strict=True):
+            (left_out["test"] if bad and _source(row) != AIME else rest).append(row)
         for row, reason in decontaminate(rest, tests):
-            if reason:
-                out[reason] += 1
-            else:
-                kept.append(row)
+            (left_out[reason] if reason else kept).append(row)
         write_rows(given.target, kept)
-        skipped = write_skipped(given.target, questions.skipped)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{len(kept)} of {len(rows)} kept; left out {json.dumps(out)}; {skipped}: {given.target}")
+        lines = [
+            f"{row['question_hash']}: {_REASONS[reason]}: {row['question'][:200]!r}"
+            for reason, some in left_out.items()
+            for row in some
+        ]
+        skipped = write_skipped(given.target, questions.skipped + lines)
+    counts = json.dumps({reason: len(some) for reason, some in left_out.items()})
+    print(f"{len(kept)} of {len(rows)} kept; left out {counts}; {skipped}: {given.target}")
+
+
+_REASONS = {
+    "test": "shares eight words with a test question",
+    "source": "shares eight words with an earlier source",
+    "duplicate": "the same question stands there before",
+}
 
 
 if __name__ == "__main__":

@@ -188,18 +188,21 @@ class Store:
 
 
 def peek(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A store's identity and records, read beside whoever uses it.
+    """A store's identity and records, read beside whoever uses it; none of one that a kill left
+    without its tables.
 
     Raises:
         InputError: the file is no store.
     """
     try:
         with contextlib.closing(sqlite3.connect(path)) as db:
+            if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                return {}, []
             rows = db.execute("SELECT value FROM meta WHERE name='identity'").fetchall()
             records = [json.loads(value) for (value,) in db.execute("SELECT value FROM records")]
     except sqlite3.Error as error:
         raise InputError(f"{path}: {error}; choose another folder") from None
-    return (json.loads(rows[0][0]) if rows else {}), records
+    return json.loads(rows[0][0]), records
 
 
 _REMEDY = "what was stored is kept: free space or choose another file, and run again"

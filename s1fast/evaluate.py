@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from s1fast.answers import (
     Ask,
@@ -40,7 +39,8 @@ from s1fast.answers import (
 from s1fast.errors import InputError
 from s1fast.files import make_directory, read_json_object, write_atomic
 from s1fast.metrics import duration
-from s1fast.recipes.asking import Pace
+from s1fast.ranks import ALONE, Ranks, process_group
+from s1fast.recipes.asking import Pace, Status
 from s1fast.recipes.store import Store, peek
 from s1fast.results import finish
 from s1fast.tasks import STYLES, Problem, fingerprint, load
@@ -156,44 +156,30 @@ def _listed(flag: str, text: str, words: dict[str, Any]) -> list[tuple[str, Any]
     return found
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that torchrun started."""
+def join_ranks() -> Ranks:
+    """This process among those that torchrun started; they talk over gloo, and only to wait."""
+    names = (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    world, local = (int(os.environ.get(name, default)) for name, default in names)
+    if world == 1:
+        return ALONE
+    import torch
 
-    rank: int = 0
-    world: int = 1
-    local: int = 0
+    choose_device(local, torch.cuda.device_count())
+    if not torch.distributed.is_initialized():
+        # A rank may wait for another's whole slice.
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    return process_group()
 
-    @staticmethod
-    def here() -> Ranks:
-        """Joins the others, where there are any; they talk over gloo, and only to wait."""
-        names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-        ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in names))
-        if ranks.world > 1:
-            import torch
 
-            ranks.choose_device(torch.cuda.device_count())
-            if not torch.distributed.is_initialized():
-                # A rank may wait for another's whole slice.
-                torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-        return ranks
-
-    def choose_device(self, count: int) -> None:
-        """Lets this process see its own GPU alone, whichever thread asks."""
-        if not count:
-            return
-        if self.local >= count:
-            raise InputError(f"torchrun: local rank {self.local}, but only {count} GPUs are there")
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(i) for i in range(count)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[self.local]
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.world > 1:
-            import torch
-
-            torch.distributed.barrier()
+def choose_device(local: int, count: int) -> None:
+    """Lets this process see its own GPU alone, whichever thread asks."""
+    if not count:
+        return
+    if local >= count:
+        raise InputError(f"torchrun: local rank {local}, but only {count} GPUs are there")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[local]
 
 
 def evaluate(model: str, config: EvaluateConfig, console: Console) -> Path:
@@ -214,17 +200,19 @@ def evaluate(model: str, config: EvaluateConfig, console: Console) -> Path:
     if len(set(names)) < len(names):
         raise InputError(f"--tasks: one stands there twice: {config.tasks}")
     identity = _identity(model, config, cells, problems)
-    ranks = Ranks.here()
+    if config.endpoint and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--endpoint: one process asks, all at a time: leave torchrun out")
+    ranks = join_ranks()
     if ranks.rank == 0:
         _prepare(config.output, identity)
-    ranks.wait()
+    ranks.exchange("")  # a barrier: now the folder is there
     _prepare(config.output, identity)
     mine = problems[ranks.rank :: ranks.world]
     path = config.output / f"samples.{ranks.rank}.sqlite"
     with Store(path, {"step": "evaluate", "run": _hash(identity)}) as store:
-        ranks.wait()  # until every rank's store can be read
+        ranks.exchange("")  # now every rank's store can be read
         _Run(model, config, cells, mine, store, ranks, console).answer()
-    ranks.wait()
+    ranks.exchange("")
     if ranks.rank == 0:
         records = [record for _, record in _stored(config.output)]
         return finish(config.output, identity, problems, cells, records, config, console)
@@ -272,7 +260,7 @@ def _prepare(folder: Path, identity: dict[str, Any]) -> None:
             raise InputError(f"{folder}: holds another run: {listed}; choose another --output")
         return
     make_directory(folder)
-    if any(folder.iterdir()):
+    if any(not entry.name.startswith(".run.json.") for entry in folder.iterdir()):  # a kill's
         raise InputError(f"{folder}: holds other files; choose another --output")
     write_atomic(path, json.dumps(identity, indent=1) + "\n")
 
@@ -393,7 +381,7 @@ class _Run:
 
 
 class _Meter:
-    """Samples done, tokens a second, time and money to go: a bar, or a line every ten seconds.
+    """Samples done, tokens a second, time and money to go.
 
     Args:
         todo: samples to come; None where nobody knows, as with rejection sampling.
@@ -402,36 +390,24 @@ class _Meter:
     def __init__(self, engine: Local, todo: int | None, price: float, console: Console) -> None:
         self._engine, self._todo, self._price, self._console = engine, todo, price, console
         self._count, self._before = 0, engine.drawn
-        self._began = self._printed = time.monotonic()
-        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=console) if console.is_terminal else None
+        self._began = time.monotonic()
+        self._status = Status(console, todo)
 
     def __enter__(self) -> _Meter:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._todo)
+        self._status.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._count:
-            self._print(time.monotonic())
+        self._status.__exit__()
+        if self._count and not self._console.is_terminal:
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
 
     def advance(self) -> None:
         self._count += 1
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._count, description=self._line(now))
-        elif now - self._printed >= 10:
-            self._printed = now
-            self._print(now)
+        self._status.show(self._count, self._line())
 
-    def _print(self, now: float) -> None:
-        self._console.print(self._line(now), highlight=False, soft_wrap=True)
-
-    def _line(self, now: float) -> str:
-        elapsed = max(now - self._began, 1e-9)
+    def _line(self) -> str:
+        elapsed = max(time.monotonic() - self._began, 1e-9)
         drawn = self._engine.drawn - self._before
         line = f"{self._count} samples"
         if self._todo is not None:

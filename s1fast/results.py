@@ -22,7 +22,7 @@ from s1fast.curves import measures, plot, table
 from s1fast.errors import InputError
 from s1fast.files import write_atomic
 from s1fast.grading import Grade, Graders, Item
-from s1fast.recipes.asking import ask_all
+from s1fast.recipes.asking import Meter, ask_all
 from s1fast.recipes.features import GRADING, grading_task, teacher_of, verdict
 from s1fast.recipes.store import Store
 from s1fast.scaling import Point, control, interval, majority, performance, powers, scaling
@@ -52,9 +52,9 @@ def finish(
     rows = _rows(problems, cells, records)
     by_id = {(p.task, p.id): p for p in problems}
     _grade(rows, by_id, config.grading_workers)
+    _refuse_long_draws(rows, cells)
     if config.grader:
         _ask_grader(rows, by_id, folder, config, console)
-    _refuse_long_draws(rows, cells)
     write_atomic(
         folder / "samples.jsonl",
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
@@ -131,7 +131,7 @@ def _ask_grader(
     console: Console,
 ) -> None:
     """Asks a language model about what the rules reject without digits or letters to decide it."""
-    doubtful = [row for row in rows if not row["correct"] and not row["decided"]]
+    doubtful = [row for row in rows if row["counted"] and not (row["correct"] or row["decided"])]
     teacher = teacher_of(config.grader, GRADING, "--grader")
     tasks = {}
     for row in doubtful:
@@ -141,8 +141,11 @@ def _ask_grader(
             gold = f"{gold}) {problem.choices['ABCD'.index(gold)]}"
         tasks[id(row)] = grading_task(problem.question, gold, row["answer"])
     unique = list({task.key: task for task in tasks.values()}.values())
+    spent = Meter(config.pace.input_price, config.pace.output_price)
+    for row in rows if config.endpoint else ():  # --max-dollars is for both together
+        spent.add(row)
     with Store(folder / "grader.sqlite", {"step": "grade", **teacher.identity}) as store:
-        meter = ask_all(teacher, unique, store, config.pace, console)
+        meter = ask_all(teacher, unique, store, config.pace, console, elsewhere=spent.dollars)
         console.print(f"grader: {meter.line(len(unique), config.pace.max_dollars)}")
         if meter.failed:
             reason = next(iter(meter.failed.values()))

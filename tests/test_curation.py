@@ -248,11 +248,13 @@ def graders() -> Iterator[Graders]:
         (r"\boxed{13}", "Answer: 12", False),
         ("The choice is (B)", "Because.\n\nAnswer: B", True),
         (r"\boxed{C}", "Because.\n\nAnswer: B", False),
+        ("I think that a field A is there, so the answer is E.", "Answer: E", True),
+        ("", "Answer: 12", False),
         ("anything", "A proof without a result. " * 9, None),
     ],
 )
 def test_verify(answer: str, solution: str, right: bool | None, graders: Graders) -> None:
-    assert verify(answer, solution, graders) is right
+    assert verify([answer], [solution], graders) == [right]
 
 
 def test_final_result() -> None:
@@ -261,7 +263,8 @@ def test_final_result() -> None:
 
 def test_gold_grades_itself(shared_data: Path, graders: Graders) -> None:
     rows = read(shared_data / "math500.jsonl")[:100]
-    right = [verify(rf"\boxed{{{r['answer']}}}", r["solution"], graders) for r in rows]
+    answers = [rf"\boxed{{{r['answer']}}}" for r in rows]
+    right = verify(answers, [r["solution"] for r in rows], graders)
     assert sum(found is True for found in right) >= 97
 
 

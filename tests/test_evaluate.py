@@ -26,7 +26,7 @@ from s1fast import cli, results
 from s1fast import evaluate as evaluate_module
 from s1fast.answers import Cell, How
 from s1fast.errors import InputError
-from s1fast.evaluate import EvaluateConfig, Ranks, _Meter, evaluate, plan
+from s1fast.evaluate import EvaluateConfig, _Meter, choose_device, evaluate, plan
 from s1fast.grading import Graders
 from s1fast.tasks import STYLES
 
@@ -331,15 +331,15 @@ def test_two_ranks_equal_one(run: Run, tiny: Path, questions: Path, tmp_path: Pa
 
 def test_every_rank_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    Ranks(1, 2, 1).choose_device(2)
+    choose_device(1, 2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    Ranks(1, 2, 1).choose_device(0)
+    choose_device(1, 0)
     assert "CUDA_VISIBLE_DEVICES" not in os.environ, "no GPU, nothing to choose"
-    Ranks(3, 8, 3).choose_device(8)
+    choose_device(3, 8)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     with pytest.raises(InputError, match="local rank 2, but only 2 GPUs"):
-        Ranks(2, 3, 2).choose_device(2)
+        choose_device(2, 2)
 
 
 # -- mistakes -----------------------------------------------------------------------------------

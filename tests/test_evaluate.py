@@ -220,7 +220,14 @@ def test_what_was_finished_is_not_asked_again(run: Run, monkeypatch: pytest.Monk
         (folder / name).unlink()
     assert samples(run(**grid)) == whole
     monkeypatch.setattr(evaluate_module, "Local", None)
-    assert samples(run(**grid)) == whole
+    sqlite3.connect(folder / "samples.1.sqlite").execute("PRAGMA journal_mode=WAL").close()
+    assert samples(run(**grid)) == whole, "of another rank, killed before its store had tables"
+
+
+def test_killed_while_the_folder_is_made(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".run.json.x1.tmp").write_text("{")
+    assert len(samples(run(budgets="4"))) == 5
 
 
 # -- baselines ----------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_boxes_nest() -> None:
 def test_a_loop_of_boxes_takes_no_time() -> None:
     """A model repeats itself until it is cut. Where a worker gives up, the run itself extracts."""
     began = time.monotonic()
-    assert extract("\\boxed{" * 20_000 + "1}") == ("1", "boxed")
+    assert boxed("\\boxed{" * 20_000 + "1") is None
     assert time.monotonic() - began < 2
 
 

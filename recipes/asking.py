@@ -193,9 +193,6 @@ def ask_all(
         InputError: the key or model is wrong, the first questions all fail alike, the disk is full,
             the probe objects, or a limit was reached. Everything answered until then is stored.
     """
-    if teacher.identity["teacher"] == "engine":  # it costs nothing, and answers in no time promised
-        pace = replace(pace, request_seconds=math.inf, question_seconds=math.inf)
-        pace = replace(pace, input_price=None, output_price=None, max_dollars=None)
     asking = _Asking(teacher, tasks, store, pace, console)
     asking.meter.elsewhere = elsewhere
     return asyncio.run(asking.run(probe))
@@ -205,6 +202,10 @@ class _Asking:
     def __init__(
         self, teacher: Teacher, tasks: Sequence[Task], store: Store, pace: Pace, console: Console
     ) -> None:
+        self._billed = teacher.identity["teacher"] != "engine"
+        if not self._billed:  # it costs nothing, and takes the time it takes
+            pace = replace(pace, request_seconds=math.inf, question_seconds=math.inf)
+            pace = replace(pace, input_price=None, output_price=None, max_dollars=None)
         self._teacher, self._store, self._pace, self._console = teacher, store, pace, console
         self._queue = deque(task for task in tasks if task.key not in store)
         self._first = [task.key for task in self._queue][:PROBES]
@@ -411,6 +412,9 @@ class _Asking:
             )
             self._halt(InputError(f"interrupted; all answers are kept in {self._store.path}"))
 
+        if not self._billed:
+            yield
+            return
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, interrupted)

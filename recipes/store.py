@@ -37,8 +37,8 @@ class Store:
 
     Args:
         path: the SQLite file; its folder is made.
-        identity: what all records have in common, as teacher and model. A file of another
-            identity is an error: its answers would be mixed with these.
+        identity: what all records have in common, as teacher and model. A file with records of
+            another identity is an error: its answers would be mixed with these.
 
     Raises:
         InputError: another identity or schema, no SQLite file, in use, or no room.
@@ -157,7 +157,9 @@ class Store:
                 f"{self.path}: a store of schema {meta.get('schema', 'unknown')}, expected "
                 f"{SCHEMA}; choose another file"
             )
-        if meta["identity"] != ours:
+        if meta["identity"] != ours and not len(self):  # the run that made it got no answer
+            self._db.execute("UPDATE meta SET value=? WHERE name='identity'", (ours,))
+        elif meta["identity"] != ours:
             raise InputError(
                 f"{self.path}: a store of another run, {meta['identity']}, not {ours}; choose "
                 "another file for this one"

@@ -208,8 +208,7 @@ def evaluate(model: str, config: EvaluateConfig, console: Console) -> Path:
     ranks.exchange("")  # a barrier: now the folder is there
     _prepare(config.output, identity)
     mine = problems[ranks.rank :: ranks.world]
-    path = config.output / f"samples.{ranks.rank}.sqlite"
-    with Store(path, {"step": "evaluate", "run": _hash(identity)}) as store:
+    with _store(config.output, ranks.rank, identity) as store:
         ranks.exchange("")  # now every rank's store can be read
         _Run(model, config, cells, mine, store, ranks, console).answer()
     ranks.exchange("")
@@ -242,27 +241,31 @@ def _identity(
     return json.loads(json.dumps(identity))
 
 
-def _hash(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def _store(folder: Path, rank: int, identity: dict[str, Any]) -> Store:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return Store(folder / f"samples.{rank}.sqlite", {"step": "evaluate", "run": digest})
 
 
 def _prepare(folder: Path, identity: dict[str, Any]) -> None:
-    """Makes the folder, or checks that it is this run's."""
+    """Makes the folder, or checks that it is this run's; one without samples is anybody's."""
     path = folder / "run.json"
-    if path.exists():
-        there = read_json_object(path)
-        names = [n for n in there | identity if there.get(n) != identity.get(n)]
-        if names:
-            listed = "; ".join(
-                f"{n} is {str(there.get(n))[:100]} there and {str(identity.get(n))[:100]} now"
-                for n in names
-            )
-            raise InputError(f"{folder}: holds another run: {listed}; choose another --output")
+    if not path.exists():
+        make_directory(folder)
+        if any(not entry.name.startswith(".run.json.") for entry in folder.iterdir()):  # a kill's
+            raise InputError(f"{folder}: holds other files; choose another --output")
+        write_atomic(path, json.dumps(identity, indent=1) + "\n")
         return
-    make_directory(folder)
-    if any(not entry.name.startswith(".run.json.") for entry in folder.iterdir()):  # a kill's
-        raise InputError(f"{folder}: holds other files; choose another --output")
-    write_atomic(path, json.dumps(identity, indent=1) + "\n")
+    there = read_json_object(path)
+    names = [n for n in there | identity if there.get(n) != identity.get(n)]
+    if names and next(_stored(folder), None) is None:
+        with _store(folder, 0, identity):  # its lock tells that no other run is under way
+            write_atomic(path, json.dumps(identity, indent=1) + "\n")
+    elif names:
+        listed = "; ".join(
+            f"{n} is {str(there.get(n))[:100]} there and {str(identity.get(n))[:100]} now"
+            for n in names
+        )
+        raise InputError(f"{folder}: holds another run: {listed}; choose another --output")
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, Record]]:

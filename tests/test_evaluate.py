@@ -230,6 +230,12 @@ def test_killed_while_the_folder_is_made(run: Run, tmp_path: Path) -> None:
     assert len(samples(run(budgets="4"))) == 5
 
 
+def test_flags_are_mended_where_no_sample_is(run: Run) -> None:
+    with pytest.raises(InputError, match="max_tokens 40 cannot hold"):
+        run(budgets="50")
+    assert len(samples(run(budgets="4"))) == 5
+
+
 # -- baselines ----------------------------------------------------------------------------------
 
 

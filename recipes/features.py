@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,15 +88,14 @@ def featurise(
     if len(config.solvers) != 2:
         raise InputError(f"--solver: give two, as s1 did, not {len(config.solvers)}")
     subjects = read_subjects(config.subjects)
-    path = find(config.tokenizer)
-    tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    count = token_counter(config.tokenizer)
     check_target(target, sources)
     questions = read_questions(sources)
     rows = questions.rows
     for row in rows:
         if row.get("thinking"):
             text = text_of(row, "thinking", row["question_hash"])
-            row["length"] = len(tokenizer.encode(text, add_special_tokens=False).ids)
+            row["length"] = count(text)
     answers = [{r["question_hash"]: str(r["answer"]) for r in rows if r.get("answer")}]
     tasks = [Task(key=row["question_hash"], question=row["question"]) for row in rows]
     for i, name in enumerate(config.solvers):
@@ -113,6 +112,13 @@ def featurise(
     skipped = write_skipped(target, questions.skipped)
     console.print(f"{len(rows)} questions; {listed or 'every feature there'}; {skipped}: {target}")
     return target
+
+
+def token_counter(name: str) -> Callable[[str], int]:
+    """Counts a text's tokens; name: a folder, tokenizer.json or hub id."""
+    path = find(name)
+    tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def read_subjects(path: Path) -> dict[str, str]:

@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 from s1fast.errors import InputError
 from s1fast.hub import find
-from s1fast.recipes.asking import Meter, Pace, Task, ask_all
-from s1fast.recipes.store import Store
+from s1fast.recipes.features import token_counter
 from s1fast.recipes.teachers import OpenAICompatible, Reply, Sampling, openai_reply
 from s1fast.tasks import STYLES, Problem
 
@@ -294,31 +293,40 @@ class Forced(Reply):
 
 
 class Endpoint:
-    """A server with /chat/completions. Budgets go as thinking_token_budget, num_ignore, ...
+    """A server with /chat/completions, as a teacher whose questions are the keys of `asks`: each
+    has its own budget. Budgets go as thinking_token_budget, num_ignore, ...
 
     A server that ignores those fields would be graded for what it was not asked, so a reply that
     thought longer than its budget, or does not tell its waits, ends the run.
 
     Args:
-        tokenizer: counts thinking where the server does not; None if it always does.
+        tokenizer: counts thinking where the server does not; empty if it always does.
     """
 
-    def __init__(
-        self, model: str, url: str, how: How, pace: Pace, tokenizer: str, console: Any
-    ) -> None:
+    def __init__(self, model: str, url: str, how: How, tokenizer: str, asks: Sequence[Ask]) -> None:
         if how.accounting != "total":
             raise InputError("--accounting harness: no server takes it; leave --endpoint out")
-        self._model, self._url, self._how, self._pace = model, url, how, pace
-        self._count = _counter(tokenizer) if tokenizer else None
-        self._console = console
+        self._url, self._how = url, how
+        self._count = token_counter(tokenizer) if tokenizer else None
+        self._server = OpenAICompatible(model, url, Sampling())
+        self.identity = self._server.identity
+        self._asks = {ask.key: ask for ask in asks}
+        self._reached, self._lock = False, asyncio.Lock()
 
-    def answer(self, asks: Sequence[Ask], store: Store) -> Meter:
-        """Asks what the store does not hold; every reply is in it before the next is asked."""
-        asking = _Asking(self._model, self._url, asks, self)
-        tasks = [Task(key=ask.key, question=ask.key, extra=ask.record({})) for ask in asks]
-        return ask_all(asking, tasks, store, self._pace, self._console)
+    async def ask(self, question: str, system: str = "") -> Forced:
+        """One attempt at the ask of that key."""
+        async with self._lock:  # once, before anything is asked
+            if not self._reached:
+                await self._server.reach()
+                self._reached = True
+        ask = self._asks[question]
+        messages = [{"role": "user", "content": ask.prompt}]
+        return self._reply(ask, await self._server.complete(messages, **self._fields(ask)))
 
-    def fields(self, ask: Ask) -> dict[str, Any]:
+    async def aclose(self) -> None:
+        await self._server.aclose()
+
+    def _fields(self, ask: Ask) -> dict[str, Any]:
         """A request's fields beside its messages."""
         how, cell = self._how, ask.cell
         budget = cell.budget if cell.reject is None else cell.reject + 1
@@ -335,7 +343,7 @@ class Endpoint:
         fields |= {} if how.max_tokens is None else {"max_tokens": how.max_tokens}
         return {**fields, "extra_body": body}
 
-    def reply(self, ask: Ask, done: Any) -> Forced:
+    def _reply(self, ask: Ask, done: Any) -> Forced:
         """The reply, once it is clear that the budget was kept."""
         reply = openai_reply(done)
         told = ((done.usage and done.usage.model_extra) or {}).get("s1") or {}
@@ -353,7 +361,7 @@ class Endpoint:
         return forced
 
     def _check(self, ask: Ask, reply: Forced) -> None:
-        budget = self.fields(ask)["extra_body"].get("thinking_token_budget")
+        budget = self._fields(ask)["extra_body"].get("thinking_token_budget")
         if budget is not None and reply.thoughts_tokens is None:
             raise InputError(
                 f"{self._url}: does not count thinking tokens, so the budget of {budget} cannot be "
@@ -369,34 +377,3 @@ class Endpoint:
                 f"{self._url}: its replies have no usage.s1 that tells waits and forced ends, so "
                 "num_ignore and --reject-above cannot be checked; leave them out"
             )
-
-
-class _Asking:
-    """A teacher whose questions are the keys of requests: each has its own budget."""
-
-    def __init__(self, model: str, url: str, asks: Sequence[Ask], endpoint: Endpoint) -> None:
-        self._server = OpenAICompatible(model, url, Sampling())
-        self._asks = {ask.key: ask for ask in asks}
-        self._endpoint, self._reached, self._lock = endpoint, False, asyncio.Lock()
-        self.identity = self._server.identity
-
-    async def ask(self, question: str, system: str = "") -> Reply:
-        async with self._lock:  # once, before anything is asked
-            if not self._reached:
-                await self._server.reach()
-                self._reached = True
-        ask = self._asks[question]
-        messages = [{"role": "user", "content": ask.prompt}]
-        done = await self._server.complete(messages, **self._endpoint.fields(ask))
-        return self._endpoint.reply(ask, done)
-
-    async def aclose(self) -> None:
-        await self._server.aclose()
-
-
-def _counter(name: str) -> Callable[[str], int]:
-    from s1fast.chat import load_tokenizer
-
-    path = find(name)
-    tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -40,7 +40,7 @@ from s1fast.errors import InputError
 from s1fast.files import make_directory, read_json_object, write_atomic
 from s1fast.metrics import duration
 from s1fast.ranks import ALONE, Ranks, process_group
-from s1fast.recipes.asking import Pace, Status
+from s1fast.recipes.asking import Pace, Status, Task, ask_all
 from s1fast.recipes.store import Store, peek
 from s1fast.results import finish
 from s1fast.tasks import STYLES, Problem, fingerprint, load
@@ -314,18 +314,26 @@ class _Run:
 
     def _reject(self, cell: Cell) -> None:
         """Draws again and again for every problem whose thinking was too long so far."""
-        if not self._config.endpoint:
+        if self._config.endpoint:
+            while asks := self._next_draws(cell):
+                self._ask(asks)
+        elif problems := [ask.problem for ask in self._next_draws(cell)]:
+            tries = self._config.max_tries
             with self._meter(None) as meter:
-                tries = self._config.max_tries
-                self._engine.draw(self._problems, cell, self._done, tries, self._finished(meter))
-            return
-        pending = list(self._problems)
-        for attempt in range(self._config.max_tries):
-            asks = [Ask(problem, cell, attempt) for problem in pending]
-            self._ask([ask for ask in asks if ask.key not in self._done])
-            pending = [a.problem for a in asks if not cell.accepts(self._done[a.key])]
-            if not pending:
-                return
+                self._engine.draw(problems, cell, self._done, tries, self._finished(meter))
+
+    def _next_draws(self, cell: Cell) -> list[Ask]:
+        """The first draw that is not there yet of each problem of which none was accepted."""
+        found = []
+        for problem in self._problems:
+            for attempt in range(self._config.max_tries):
+                ask = Ask(problem, cell, attempt)
+                if ask.key not in self._done:
+                    found.append(ask)
+                    break
+                if cell.accepts(self._done[ask.key]):
+                    break
+        return found
 
     def _ask(self, asks: Sequence[Ask]) -> None:
         if asks and self._config.endpoint:
@@ -370,10 +378,9 @@ class _Run:
 
     def _ask_endpoint(self, asks: Sequence[Ask]) -> None:
         config = self._config
-        endpoint = Endpoint(
-            self._model, config.endpoint, config.how, config.pace, config.tokenizer, self._console
-        )
-        meter = endpoint.answer(asks, self._store)
+        endpoint = Endpoint(self._model, config.endpoint, config.how, config.tokenizer, asks)
+        tasks = [Task(key=ask.key, question=ask.key, extra=ask.record({})) for ask in asks]
+        meter = ask_all(endpoint, tasks, self._store, config.pace, self._console)
         self._done |= dict(self._store.records())
         if meter.failed:
             key, reason = next(iter(meter.failed.items()))

@@ -251,7 +251,7 @@ def test_class_conditional(run: Run, questions: Path) -> None:
     assert methods["class-conditional"]["runs"] == 2
 
 
-def test_rejection_sampling(run: Run) -> None:
+def test_rejection_sampling(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every problem is drawn until its thinking ends by itself within the limit, no further."""
     settings = {"reject_above": "4,10", "how": {**HOT, "max_tokens": 24}}
     folder = run(**settings, max_tries=60)
@@ -273,6 +273,8 @@ def test_rejection_sampling(run: Run) -> None:
     with sqlite3.connect(folder / "samples.0.sqlite") as db:
         db.execute("DELETE FROM records WHERE rowid > 4")
     assert samples(run(**settings, max_tries=60)) == rows, "resumed, the same draws"
+    monkeypatch.setattr(evaluate_module, "Local", None)
+    assert samples(run(**settings, max_tries=60)) == rows, "with all there, no model is loaded"
 
 
 def test_rejection_gives_up(run: Run) -> None:

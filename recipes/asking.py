@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from s1fast.errors import InputError
 from s1fast.recipes.store import Store
-from s1fast.recipes.teachers import Rejected, Reply, Teacher, Unavailable
+from s1fast.recipes.teachers import CUT, Rejected, Reply, Teacher, Unavailable
 
 PROBES = 5
 """Answers that are looked at before the rest is asked; so many failures at first end the run."""
@@ -102,6 +102,8 @@ class Meter:
     output_price: float | None
     answered: int = 0
     refused: int = 0
+    cut: int = 0
+    """Answers that the token limit ended."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     dearest: float = 0.0
@@ -117,6 +119,7 @@ class Meter:
         """Counts a record's price and, if this run's questions are its, the answer."""
         self.answered += asked and not record["refused"]
         self.refused += asked and bool(record["refused"])
+        self.cut += asked and record["finish_reason"] in CUT
         output = record["answer_tokens"] + (record["thoughts_tokens"] or 0)
         self.prompt_tokens += record["prompt_tokens"]
         self.output_tokens += output
@@ -132,6 +135,7 @@ class Meter:
 
     def line(self, total: int, limit: float | None) -> str:
         text = f"{self.answered} of {total} answered"
+        text += f", {self.cut} of them cut by the token limit" if self.cut else ""
         text += f", {self.refused} refused" if self.refused else ""
         text += f", {len(self.failed)} failed" if self.failed else ""
         text += f", {self.unanswered} requests unanswered" if self.unanswered else ""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from s1fast.errors import InputError
 from s1fast.files import new_directory
 from s1fast.recipes.questions import Row
 
@@ -45,7 +46,11 @@ def write_report(
             import pyarrow.parquet
 
             names = sorted({name for row in rows for name in row})
-            table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+            columns = {name: [row.get(name) for row in rows] for name in names}
+            try:
+                table = pyarrow.table(columns)
+            except (pyarrow.ArrowException, OverflowError) as error:
+                raise InputError(f"--format parquet: {error}; take --format jsonl") from None
             pyarrow.parquet.write_table(table, folder / "train.parquet")
         else:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

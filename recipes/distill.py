@@ -105,9 +105,10 @@ def look_at_thoughts(records: list[dict[str, Any]]) -> None:
         seen = (
             "no thinking" if kind == "none" else f"about {size / BYTES_PER_TOKEN:.0f} tokens of it"
         )
+        thought = f"where {billed} were thought: it hides" if billed else "and bills none: it hides"
         raise InputError(
-            f"{record['model']} shows {seen} where {billed or 0} were thought: the model hides "
-            "or sums up its thoughts, and traces made of that do not teach to think; choose a "
+            f"{record['model']} shows {seen} {thought}, sums up or "
+            "has no thoughts, and traces made of that do not teach to think; choose a "
             "model that returns raw thoughts, or go on with --accept-summaries. The first "
             f"{len(records)} answers are stored and will not be paid for again"
         )

@@ -24,13 +24,12 @@ from rich.console import Console
 from s1fast.errors import InputError
 from s1fast.recipes.curation_report import PAPER, write_report
 from s1fast.recipes.questions import Row, check_question, read_questions, text_of
+from s1fast.recipes.teachers import CUT
 
 AIME, GPQA = "qq8933/AIME_1983_2024", "Idavidrein/gpqa"
 MATH = ("simplescaling/openaimath", "qfq/openaimath")
 LONG_MATH = 5600
 """Thinking tokens above which a correctly solved MATH question is always taken."""
-CUT = {"MAX_TOKENS", "length"}
-"""Finish reasons of an answer that the token limit cut: Gemini's; OpenAI's and our engine's."""
 NOTEBOOK_UNIFORM = 700
 """Chosen questions up to which the notebook, too, draws subjects uniformly."""
 

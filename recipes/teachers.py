@@ -21,6 +21,8 @@ NO_MONEY = ("insufficient_quota", "insufficient balance")
 """In a provider's error: no attempt can work until the account is filled."""
 REFUSALS = {"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE"}
 """Gemini's finish reasons after which asking again would be refused again; s1 met RECITATION."""
+CUT = {"MAX_TOKENS", "length"}
+"""Finish reasons of an answer that the token limit cut: Gemini's; OpenAI's and our engine's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -434,6 +434,10 @@ def test_real_questions_with_synthetic_features(
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="exists already"):
         curate([source], output, CurateConfig(size=500), quiet())
+    mixed = write(tmp_path / "m.jsonl", [row(0, note=1), row(1, note="one")])
+    if form == "parquet":
+        with pytest.raises(InputError, match=r"--format parquet: .*take --format jsonl"):
+            curate([mixed], tmp_path / "mixed", CurateConfig(size=2, format=form), quiet())
 
 
 # -- the whole ----------------------------------------------------------------------------------

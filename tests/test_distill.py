@@ -23,7 +23,7 @@ from rich.console import Console
 
 from s1fast.errors import InputError
 from s1fast.recipes import store as store_module
-from s1fast.recipes.asking import Pace, Task, ask_all
+from s1fast.recipes.asking import Meter, Pace, Task, ask_all
 from s1fast.recipes.distill import DistillConfig, distill
 from s1fast.recipes.questions import question_hash, read_questions
 from s1fast.recipes.store import Store, peek
@@ -267,6 +267,14 @@ def test_other_questions_of_the_store_are_not_counted(serve: Any, tmp_path: Path
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"[56] of 6 answered", said) and server.paid.total() == 30
     assert f"${(2.0 * prompt + 10.0 * output) / 1e6:.4f}" in said, "but what they cost is"
+
+
+def test_the_meter_tells_what_was_cut() -> None:
+    meter = Meter(None, None)
+    counts = {"prompt_tokens": 1, "thoughts_tokens": None, "answer_tokens": 2, "refused": ""}
+    for reason in ("STOP", "MAX_TOKENS", "length"):
+        meter.add({**counts, "finish_reason": reason})
+    assert meter.line(9, None) == "3 of 9 answered, 2 of them cut by the token limit; 9 tokens"
 
 
 @pytest.mark.parametrize("name", ["q.sqlite", "s.jsonl"])

@@ -37,7 +37,7 @@ from s1fast.recipes.questions import (
     write_skipped,
 )
 from s1fast.recipes.store import Store, peek
-from s1fast.recipes.teachers import OurEngine, Sampling, Teacher, make_teacher
+from s1fast.recipes.teachers import Sampling, Teacher, make_teacher
 
 GRADER = (
     "You check answers to examination problems. You get a problem, an attempt and the correct "
@@ -101,10 +101,11 @@ def featurise(
     for i, name in enumerate(config.solvers):
         answers.append(_replies(f"solver-{i}", name, tasks, config, console, SOLVING))
     fields = ("teacher_correct", "solver_correct_0", "solver_correct_1")
-    for name, given in zip(fields, answers, strict=True):
-        grades = _grade(name, rows, given, config, console)
-        for row in rows:
-            row[name] = grades.get(row["question_hash"])
+    with Graders() as graders:
+        for name, given in zip(fields, answers, strict=True):
+            grades = _grade(rows, given, config, console, graders)
+            for row in rows:
+                row[name] = grades.get(row["question_hash"])
     _classify(rows, subjects, config, console)
     write_rows(target, rows)
     missing = {n: sum(r.get(n) is None for r in rows) for n in ("length", "subject", *fields)}
@@ -137,17 +138,15 @@ def read_subjects(path: Path) -> dict[str, str]:
     return found
 
 
-def teacher_of(spec: str, sampling: Sampling, flag: str, *, think: bool = False) -> Teacher:
-    """The teacher that a flag like openai:MODEL@URL names."""
+def teacher_of(spec: str, sampling: Sampling, flag: str) -> Teacher:
+    """The teacher that a flag like openai:MODEL@URL names; its thoughts are not wanted."""
     name, colon, model = spec.partition(":")
     if not colon or not model:
         raise InputError(
             f"{flag} {spec!r}: expected gemini:MODEL, openai:MODEL@URL or engine:FOLDER"
         )
-    if name == "engine":
-        return OurEngine(model, sampling, think=think)
     model, _, url = model.partition("@http")
-    return make_teacher(name, model, f"http{url}" if url else "", sampling)
+    return make_teacher(name, model, f"http{url}" if url else "", sampling, think=False)
 
 
 def _replies(
@@ -183,7 +182,11 @@ def _spent(config: FeatureConfig, current: Path) -> float:
 
 
 def _grade(
-    name: str, rows: Sequence[Row], answers: dict[str, str], config: FeatureConfig, console: Console
+    rows: Sequence[Row],
+    answers: dict[str, str],
+    config: FeatureConfig,
+    console: Console,
+    graders: Graders,
 ) -> dict[str, bool | None]:
     """Question hash -> whether the answer is right; None where nothing can tell."""
     able = [r for r in rows if r.get("solution") and r["question_hash"] in answers]
@@ -195,8 +198,7 @@ def _grade(
         replies = _replies("grader", config.grader, asked, config, console, GRADING)
         grades = [verdict(replies.get(task.key, "")) for task in tasks]
     else:
-        with Graders() as graders:
-            grades = verify(given, [row["solution"] for row in able], graders)
+        grades = verify(given, [row["solution"] for row in able], graders)
     return {
         row["question_hash"]: grade if text.strip() else False  # no answer is a wrong one
         for row, text, grade in zip(able, given, grades, strict=True)

@@ -77,8 +77,14 @@ class Sampling:
     """Gemini's bound on thinking tokens."""
 
 
-def make_teacher(name: str, model: str, base_url: str, sampling: Sampling) -> Teacher:
+def make_teacher(
+    name: str, model: str, base_url: str, sampling: Sampling, *, think: bool = True
+) -> Teacher:
     """The teacher of that name: gemini, openai or engine.
+
+    Args:
+        think: thoughts are wanted; without, gemini is not asked to show any, which some of its
+            models cannot, and our engine answers at once.
 
     Raises:
         InputError: no model, a missing key or package, a model folder that cannot be loaded.
@@ -86,11 +92,11 @@ def make_teacher(name: str, model: str, base_url: str, sampling: Sampling) -> Te
     if not model:
         raise InputError("--model: name the teacher's model; there is no default")
     if name == "gemini":
-        return Gemini(model, base_url, sampling)
+        return Gemini(model, base_url, sampling, think=think)
     if name == "openai":
         return OpenAICompatible(model, base_url, sampling)
     if name == "engine":
-        return OurEngine(model, sampling)
+        return OurEngine(model, sampling, think=think)
     raise InputError(f"teacher {name!r}: expected gemini, openai or engine")
 
 
@@ -130,7 +136,7 @@ def _retry_after(headers: Any) -> float:
 class Gemini:
     """Google's models through google-genai, thoughts included, which s1 distilled from."""
 
-    def __init__(self, model: str, base_url: str, sampling: Sampling) -> None:
+    def __init__(self, model: str, base_url: str, sampling: Sampling, *, think: bool) -> None:
         try:
             import httpx2
             from google import genai
@@ -151,10 +157,11 @@ class Gemini:
         self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
         self.identity = {"teacher": "gemini", "model": model, "base_url": base_url}
         self.identity |= _given(sampling)
+        thoughts = types.ThinkingConfig(
+            include_thoughts=True, thinking_budget=sampling.thinking_budget
+        )
         self._config: dict[str, Any] = {
-            "thinking_config": types.ThinkingConfig(
-                include_thoughts=True, thinking_budget=sampling.thinking_budget
-            ),
+            "thinking_config": thoughts if think else None,
             "temperature": sampling.temperature,
             "max_output_tokens": sampling.max_tokens,
         }
@@ -307,7 +314,7 @@ def openai_reply(done: Any) -> Reply:
 class OurEngine:
     """A model folder in this process; questions under way at the same time share its batch."""
 
-    def __init__(self, model: str, sampling: Sampling, *, think: bool = True) -> None:
+    def __init__(self, model: str, sampling: Sampling, *, think: bool) -> None:
         from s1fast.budget import Budget
         from s1fast.decoder import Engine, SamplingParams
 

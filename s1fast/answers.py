@@ -119,31 +119,20 @@ class Local:
     """Our engine in this process.
 
     Args:
+        engine: a decoder.Engine.
         cells: all of the run's; those of one style are decoded together, as one budget tree.
         samples: of each problem, drawn by one request.
         separate: decode every cell from its prompt instead.
     """
 
     def __init__(
-        self,
-        model: str,
-        how: How,
-        cells: Sequence[Cell],
-        *,
-        samples: int,
-        separate: bool,
-        device: Literal["auto", "cpu", "cuda"],
-        dtype: Literal["auto", "float32", "bfloat16"],
-        matmul: Literal["torch", "cuda"],
-        max_batch: int,
+        self, engine: Any, how: How, cells: Sequence[Cell], *, samples: int, separate: bool
     ) -> None:
-        from s1fast.decoder import Engine
-
-        self._engine = Engine(model, device=device, dtype=dtype, matmul=matmul, max_batch=max_batch)
-        self._how, self._cells, self._samples = how, cells, samples
-        self._separate = separate
+        self._engine, self._how, self._cells = engine, how, cells
+        self._samples, self._separate = samples, separate
         # Requests under way: a batch full of rows, and as many waiting for their places.
-        self._window = max(2, 2 * max_batch // samples) if max_batch > 1 else 1
+        rows = engine.max_batch
+        self._window = max(2, 2 * rows // samples) if rows > 1 else 1
         self.drawn = self.drawn_separately = 0
         """Tokens drawn so far, and how many it would have been cell by cell."""
 

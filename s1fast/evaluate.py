@@ -131,6 +131,8 @@ def plan(config: EvaluateConfig) -> list[Cell]:
         limits = _listed("--reject-above", config.reject_above, {})
         return [Cell(style, None, reject=limit) for style in names for _, limit in limits]
     budgets = _listed("--budgets", config.budgets, {"auto": "auto", "none": None})
+    if config.endpoint and {("auto", "auto"), ("none", None)} <= set(budgets):
+        raise InputError("--budgets: to an endpoint auto and none are the same; leave out one")
     ignores = _listed("--num-ignores", config.num_ignores, {"none": None})
     return [
         Cell(style, budget, ignore)
@@ -344,18 +346,18 @@ class _Run:
 
     @cached_property
     def _engine(self) -> Local:
+        from s1fast.decoder import Engine
+
         config = self._config
-        return Local(
+        engine = Engine(
             self._model,
-            config.how,
-            self._cells,
-            samples=config.samples,
-            separate=config.separate,
             device=config.device,
             dtype=config.dtype,
             matmul=config.matmul,
             max_batch=config.max_batch,
         )
+        how, samples = config.how, config.samples
+        return Local(engine, how, self._cells, samples=samples, separate=config.separate)
 
     def _meter(self, todo: int | None) -> _Meter:
         price = self._config.dollars_per_hour * self._ranks.world

@@ -13,7 +13,8 @@ the last one counts. Then
 
 Grading runs in worker processes (`python -m s1fast.grading`, one JSON line each way). What a model
 writes can keep computer algebra busy for ever, or fill the memory, in code that no signal
-interrupts: a worker over its time limit is killed, and the answer is wrong.
+interrupts: a worker over its time limit is killed, and the answer is wrong. Where the run itself was
+killed, the worker ends by itself.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import queue
 import re
 import resource
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -299,7 +301,7 @@ class _Worker:
         process = self._process
         if process is None or process.poll() is not None:  # killed from outside, for its memory
             self.stop()
-            process = self._start()
+            process = self._start(limit_s)
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -312,11 +314,11 @@ class _Worker:
         self.stop()
         return None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self, limit_s: float) -> subprocess.Popen[bytes]:
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "s1fast.grading"],
+            [sys.executable, "-m", "s1fast.grading", str(2 * limit_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -342,20 +344,26 @@ def _line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
     return process.stdout.readline() if ready else b""
 
 
-def serve() -> None:
-    """The worker: grades what comes on stdin, line by line, until it ends."""
+def serve(limit_s: float) -> None:
+    """The worker: grades what comes on stdin, line by line, until it ends.
+
+    An answer that takes longer than limit_s ends the process, by the signal's default action:
+    nobody else may be left to do it.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever else prints does not mix with the replies
     grade(Item(kind="math", gold="1/2", answer="\\boxed{0.5}"))  # imports, and fills caches
     replies.write(b"ready\n")
     for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
         item = Item(**json.loads(line))
         reply = Grade(correct=False, why="computer algebra failed on it", decided=False)
         with contextlib.suppress(Exception):
             reply = grade(item)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps(asdict(reply)).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    serve()
+    serve(float(sys.argv[1]))

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -203,7 +204,7 @@ def _cell(cell: Cell, rows: Sequence[Row]) -> dict[str, Any]:
         "cell": cell.label,
         "problems": len(groups),
         "samples": len(counted),
-        **_accuracy([_mean([row["correct"] for row in group]) for group in groups]),
+        **_accuracy([fmean([row["correct"] for row in group]) for group in groups]),
         "thinking_tokens": _spread([row["thoughts_tokens"] for row in counted]),
         "answer_tokens": _spread([row["answer_tokens"] for row in counted]),
         "forced_ends": _share(counted, "thinking_end", "length"),
@@ -212,7 +213,7 @@ def _cell(cell: Cell, rows: Sequence[Row]) -> dict[str, Any]:
         "undecided": sum(not row["correct"] and not row["decided"] for row in counted),
     }
     if cell.reject is not None:
-        found["tries"] = _mean([row["tries"] for row in counted])
+        found["tries"] = fmean([row["tries"] for row in counted])
     most = max(len(group) for group in groups)
     if most > 1:
         found["at_k"] = [_at(k, groups) for k in powers(most)]
@@ -243,17 +244,13 @@ def _at(k: int, groups: Sequence[Sequence[Row]]) -> dict[str, Any]:
 def _accuracy(scores: Sequence[float]) -> dict[str, Any]:
     """Percent, with the bootstrap's interval over the problems."""
     percents = [100.0 * score for score in scores]
-    return {"accuracy": _mean(percents), "interval95": list(interval(percents))}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values) / len(values))
+    return {"accuracy": fmean(percents), "interval95": list(interval(percents))}
 
 
 def _known_mean(values: Sequence[float | None]) -> float | None:
     """None where one is not known: a mean of the others would be of other samples."""
     known = [value for value in values if value is not None]
-    return _mean(known) if known and len(known) == len(values) else None
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def _spread(values: Sequence[int | None]) -> dict[str, float] | None:

@@ -111,6 +111,8 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(server.delay_s)
         reply = answer(question, server.thoughts)
         if "systemInstruction" in body:
+            if "thinkingConfig" in body.get("generationConfig", {}):
+                return self._error(400, "INVALID_ARGUMENT", "this model does not think")
             role = body["systemInstruction"]["parts"][0]["text"]
             reply = judge(question, role)
         self._send(200, json.dumps(reply).encode())

@@ -258,6 +258,7 @@ def test_one_process_asks(
         ("rejects", {"budgets": "20"}, "failed alike: the server rejects .*thinking_token_budget"),
         ("ours", {"how": {"accounting": "harness"}}, "--accounting harness: no server takes it"),
         ("ours", {"no_thinking": True}, "--no-thinking: an endpoint decides itself"),
+        ("ours", {"budgets": "5,auto,none"}, "--budgets: to an endpoint auto and none are the"),
         ("flaky", {"pace": {"attempts": 1}}, r"samples failed, the first, gsm8k/\d/auto/0, .*busy"),
     ],
 )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from s1fast.grading import Grade, Graders, Item, boxed, extract, grade
+from s1fast.grading import Grade, Graders, Item, _Worker, boxed, extract, grade
 from s1fast.tasks import Problem, load
 
 pytest.importorskip("math_verify", reason="no math-verify; unproven: grading")
@@ -267,6 +269,18 @@ def test_a_killed_worker_is_replaced() -> None:
         assert graders.grade([item])[0].correct
         process = worker._process
     assert process.poll() is not None, "a worker outlives its grader"
+
+
+def test_a_worker_outlives_nobody_for_long() -> None:
+    """Its run was killed while it was at what never ends: it ends itself."""
+    endless = Item(kind="math", gold="5", answer=r"\boxed{10^{10^{10^{10}}}}")
+    worker = _Worker()
+    process = worker._start(1.0)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(asdict(endless)).encode() + b"\n")
+    process.stdin.flush()
+    assert process.wait(timeout=20) == -signal.SIGALRM
+    worker.stop()
 
 
 @pytest.mark.parametrize("text", ["{" * 30, "9" * 5000, r"\frac" * 500, "\x00\ud800", "$" * 999])

@@ -13,8 +13,8 @@ the last one counts. Then
 
 Grading runs in worker processes (`python -m s1fast.grading`, one JSON line each way). What a model
 writes can keep computer algebra busy for ever, or fill the memory, in code that no signal
-interrupts: a worker over its time limit is killed, and the answer is wrong. Where the run itself was
-killed, the worker ends by itself.
+interrupts: a worker over its time limit is killed, and the answer is wrong. Where the run itself is
+killed, its workers end by themselves.
 """
 
 from __future__ import annotations

@@ -193,6 +193,8 @@ def test_sources_among_each_other_and_exact_duplicates() -> None:
     ]
     reasons = [reason for _, reason in clean.decontaminate(rows, set())]
     assert reasons == ["", "", "duplicate", "source", ""]
+    mixed = [rows[0], rows[3], rows[1], rows[4]]  # the sources' rows need not stand together
+    assert [reason for _, reason in clean.decontaminate(mixed, set())] == ["", "", "source", ""]
 
 
 @settings(max_examples=50, deadline=None)

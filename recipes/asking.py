@@ -219,7 +219,7 @@ class _Asking:
             self.meter.add(record, asked=key in keys)
         self._before = self._total - len(self._queue), self.meter.output_tokens
         self._began = time.monotonic()
-        self._num_under_way = 0
+        self._num_under_way, self._num_stored = 0, len(store)
         self._next_turn = 0.0
         self._stop: Exception | None = None
         self._ended = asyncio.Event()  # an answer under way, or the run
@@ -283,7 +283,7 @@ class _Asking:
                     f"{self._store.path}"
                 )
             )
-        return likely <= limit and self._num_under_way < max(1, len(self._store))
+        return likely <= limit and self._num_under_way < max(1, self._num_stored)
 
     async def _answer(self, task: Task) -> None:
         """One question to its end: stored, failed, or the run's end."""
@@ -294,6 +294,7 @@ class _Asking:
             record = {**task.extra, **vars(reply), "attempts": attempts}
             record["seconds"] = round(time.monotonic() - began, 3)
             self._store.put(task.key, record)
+            self._num_stored += 1
             self.meter.add(record)
             if self._store.full:
                 self._halt(
@@ -384,7 +385,7 @@ class _Asking:
         self.meter.failed[task.key] = reason
         reasons = [self.meter.failed.get(key, "") for key in self._first]
         alike = {re.sub(r"\d+", "", reason) for reason in reasons}
-        if len(reasons) == PROBES and len(alike) == 1 and reasons[0] and not len(self._store):
+        if len(reasons) == PROBES and len(alike) == 1 and reasons[0] and not self._num_stored:
             self._halt(
                 InputError(
                     f"the first {PROBES} questions failed alike: {reasons[0]}; check the server, "

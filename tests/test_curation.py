@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import json
 import sys
@@ -18,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import fake_gemini as fake
 from s1fast.config import load_recipe
 from s1fast.errors import InputError
 from s1fast.grading import Graders
@@ -48,10 +48,6 @@ from s1fast.recipes.select import (
 from s1fast.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("fake", Path(__file__).with_name("fake_gemini.py"))
-assert _spec is not None and _spec.loader is not None
-fake = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
+import fake_gemini as fake
 from s1fast.errors import InputError
 from s1fast.recipes import store as store_module
 from s1fast.recipes.asking import Meter, Pace, Task, ask_all
@@ -30,11 +30,6 @@ from s1fast.recipes.store import Store, peek
 from s1fast.recipes.teachers import Reply
 
 pytest.importorskip("google.genai", reason="no google-genai; unproven: distillation")
-_spec = importlib.util.spec_from_file_location("fake", Path(__file__).with_name("fake_gemini.py"))
-assert _spec is not None and _spec.loader is not None
-fake = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake)
-
 PRICES = {"input_price": 2.0, "output_price": 10.0}
 
 

@@ -43,7 +43,7 @@ class Pace:
     request_seconds: float = 600.0
     """Longest wait for one answer."""
     question_seconds: float = 3600.0
-    """Longest time for a question, all attempts and waits together."""
+    """No further attempt at a question later than this."""
     first_wait_seconds: float = 2.0
     """Longest wait before the second attempt; it doubles, and the wait is drawn below it."""
     longest_wait_seconds: float = 60.0
@@ -65,9 +65,9 @@ class Pace:
             ("question_seconds", self.question_seconds > 0, "positive"),
             ("first_wait_seconds", 0 <= self.first_wait_seconds < math.inf, "a number from 0"),
             ("longest_wait_seconds", 0 <= self.longest_wait_seconds < math.inf, "a number from 0"),
-            ("input_price", _price(self.input_price), "a number from 0"),
-            ("output_price", _price(self.output_price), "a number from 0"),
-            ("max_dollars", _price(self.max_dollars), "a number from 0"),
+            ("input_price", _is_price(self.input_price), "a number from 0"),
+            ("output_price", _is_price(self.output_price), "a number from 0"),
+            ("max_dollars", _is_price(self.max_dollars), "a number from 0"),
         ]
         for name, holds, rule in rules:
             if not holds:
@@ -80,7 +80,7 @@ class Pace:
             )
 
 
-def _price(value: float | None) -> bool:
+def _is_price(value: float | None) -> bool:
     return value is None or 0 <= value < math.inf
 
 
@@ -267,8 +267,11 @@ class _Asking:
                 group.create_task(self._answer(task))
 
     def _may_send(self) -> bool:
-        """Whether another question can be afforded, should all under way be as dear as the dearest;
-        of whose price few answers tell."""
+        """Whether one more question may be under way.
+
+        The money must suffice if all of them are as dear as the dearest so far. Few answers tell
+        little of that, so no more are under way than are stored.
+        """
         pace, meter, limit = self._pace, self.meter, self._pace.max_dollars
         if self._stop or self._num_under_way >= pace.concurrency:
             return False
@@ -289,8 +292,7 @@ class _Asking:
         """One question to its end: stored, failed, or the run's end."""
         began = time.monotonic()
         try:
-            async with asyncio.timeout(self._pace.question_seconds):
-                reply, attempts = await self._attempts(task)
+            reply, attempts = await self._attempts(task)
             record = {**task.extra, **vars(reply), "attempts": attempts}
             record["seconds"] = round(time.monotonic() - began, 3)
             self._store.put(task.key, record)
@@ -305,8 +307,6 @@ class _Asking:
                 )
         except (Unavailable, Rejected) as error:
             self._fail(task, str(error))
-        except TimeoutError:
-            self._fail(task, f"not answered within {self._pace.question_seconds:g} s")
         except Exception as error:  # the user's to mend, or our bug: the others' answers are paid
             self._halt(error)
         finally:
@@ -315,26 +315,21 @@ class _Asking:
             self._show()
 
     async def _attempts(self, task: Task) -> tuple[Reply, int]:
-        from tenacity import (
-            AsyncRetrying,
-            retry_if_exception_type,
-            stop_after_attempt,
-            wait_random_exponential,
-        )
+        import tenacity
 
-        drawn = wait_random_exponential(
-            self._pace.first_wait_seconds, self._pace.longest_wait_seconds
-        )
-
-        last = stop_after_attempt(self._pace.attempts)
+        pace = self._pace
+        # question_seconds never cuts off an attempt under way, which will be billed.
+        late = tenacity.stop_before_delay(pace.question_seconds)
+        last = late | tenacity.stop_after_attempt(pace.attempts)
+        drawn = tenacity.wait_random_exponential(pace.first_wait_seconds, pace.longest_wait_seconds)
 
         def wait(state: Any) -> float:
             return max(drawn(state), state.outcome.exception().retry_after_s)
 
-        retrying = AsyncRetrying(
+        retrying = tenacity.AsyncRetrying(
             stop=lambda state: self._stop is not None or last(state),
             wait=wait,
-            retry=retry_if_exception_type(Unavailable),
+            retry=tenacity.retry_if_exception_type(Unavailable),
             sleep=self._sleep,
             reraise=True,
         )
@@ -354,7 +349,7 @@ class _Asking:
         except TimeoutError:
             self._count_unanswered(task)
             raise Unavailable(f"no answer within {self._pace.request_seconds:g} s") from None
-        except BaseException:
+        except Exception:  # but after a second Ctrl-C the note of the request stays
             self._count_unanswered(task)
             raise
 

@@ -405,3 +405,16 @@ def test_a_full_disk_loses_nothing(
     monkeypatch.setattr(store_module.Store, "_put", whole)
     distill([source], path, config(server), quiet())
     assert len(server.paid) == 60 and set(server.paid.values()) == {1}
+
+
+def test_a_question_is_given_up_between_attempts(serve: Any, tmp_path: Path) -> None:
+    """The time for a question ends its attempts, never an answer under way: it will be billed."""
+    server = serve(faults=False, delay_s=0.5)
+    source = write_questions(tmp_path / "q.jsonl", 4)
+    with source.open("a") as file:
+        file.write(json.dumps({"question": "Down"}) + "\n")
+    pace = {"question_seconds": 0.2, "attempts": 1000}
+    distill([source], tmp_path / "s.sqlite", config(server, pace=pace), quiet())
+    assert len(stored(tmp_path / "s.sqlite")) == server.paid.total() == 4
+    assert 1 < server.seen["Down"] < 100
+    assert "Down" not in server.paid and (tmp_path / "s.failed.txt").exists()

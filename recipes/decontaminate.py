@@ -46,11 +46,11 @@ def normalise(text: str) -> list[str]:
     return unicodedata.normalize("NFKC", text).casefold().split()
 
 
-def ngrams(text: str, size: int = NGRAM) -> set[int]:
-    """Hashes of all runs of `size` words; of the whole text where it is shorter."""
+def ngrams(text: str) -> set[int]:
+    """Hashes of all runs of eight words; of the whole text where it is shorter."""
     words = normalise(text)
-    last = max(len(words) - size, 0)
-    return {_hash(" ".join(words[i : i + size])) for i in range(last + 1)}
+    last = max(len(words) - NGRAM, 0)
+    return {_hash(" ".join(words[i : i + NGRAM])) for i in range(last + 1)}
 
 
 def _hash(text: str) -> int:

@@ -69,7 +69,7 @@ def curate(sources: Sequence[Path], output: Path, config: CurateConfig, console:
     faults = {r["question_hash"]: fault for r in questions.rows if (fault := trace_fault(r))}
     left_out = questions.skipped + [f"{key}: {fault}" for key, fault in faults.items()]
     counts = {"pool": len(questions.rows) + len(questions.skipped), **counts}
-    write_report(output, chosen, questions.rows, counts, left_out, vars(config), config.format)
+    write_report(output, chosen, questions.rows, counts, left_out, vars(config))
     for fault, count in Counter(faults.values()).items():
         console.print(f"left out: {count:,} {fault}", highlight=False)
     for step, count in counts.items():

@@ -11,7 +11,7 @@ may not, and a model trained on summaries does not learn to think.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -114,14 +114,12 @@ def look_at_thoughts(records: list[dict[str, Any]]) -> None:
         )
 
 
-def export(questions: Questions, store: Store) -> list[dict[str, Any]]:
+def export(questions: Questions, store: Store) -> Iterator[dict[str, Any]]:
     """The questions that have a record, with it: rows that training and curation take."""
-    rows = []
     for row in questions.rows:
         record = store.get(row["question_hash"])
         if record is not None:
-            rows.append({**row, **record, "thoughts_kind": thoughts_kind(record)})
-    return rows
+            yield {**row, **record, "thoughts_kind": thoughts_kind(record)}
 
 
 def _report(

@@ -100,7 +100,8 @@ def check_target(target: Path, sources: Sequence[Path]) -> None:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Writes JSON lines at once: afterwards the old file stands there or the whole new one."""
     make_directory(path.parent)
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = ((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
+    write_atomic(path, b"".join(lines))  # bytes, each line encoded by itself: half the memory
 
 
 def write_skipped(target: Path, skipped: Sequence[str]) -> str:

@@ -256,7 +256,8 @@ class OpenAICompatible:
             headers = error.response.headers
             raise _fail(error.status_code, error.message, self._model, self._key, headers) from None
         except (self._openai.APIError, ValueError) as error:
-            raise Unavailable(f"{type(error).__name__}: {error}") from None
+            reason = error.__cause__ or error  # of a connection error, what went wrong
+            raise Unavailable(f"{type(error).__name__}: {reason}") from None
         if not getattr(done, "choices", None) or not done.choices[0].message:
             raise Unavailable("no choice with a message in the answer")
         return done

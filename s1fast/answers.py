@@ -110,6 +110,13 @@ class How:
     max_tokens: int | None = None
     """Most tokens generated in all; the whole context unless given."""
 
+    def params(self, n: int, seed: int) -> Any:
+        """The SamplingParams of n samples. Raises an InputError naming a bad field."""
+        from s1fast.request import SamplingParams
+
+        names = ("temperature", "top_k", "top_p", "min_p", "max_tokens")
+        return SamplingParams(n=n, seed=seed, **{name: getattr(self, name) for name in names})
+
 
 Finished = Callable[[str, Record], None]
 """Takes a key and its finished record."""
@@ -207,19 +214,9 @@ class Local:
     ) -> list[Any]:
         """Completions in the order (sample, cell)."""
         from s1fast.budget import Budget
-        from s1fast.decoder import SamplingParams
         from s1fast.request import cost
 
         how = self._how
-        params = SamplingParams(
-            temperature=how.temperature,
-            top_k=how.top_k,
-            top_p=how.top_p,
-            min_p=how.min_p,
-            seed=seed,
-            n=n,
-            max_tokens=how.max_tokens,
-        )
         budget = Budget(
             max_thinking_tokens=cells[0].budget,
             num_ignore=cells[0].ignores,
@@ -233,7 +230,7 @@ class Local:
             grid["num_ignores"] = list(dict.fromkeys(cell.ignores for cell in cells))
         prompts = [problem.question + STYLES[cells[0].style]]
         thinks = budget if cells[0].think else None
-        done = await self._engine.generate_async(prompts, params, thinks, **grid)
+        done = await self._engine.generate_async(prompts, how.params(n, seed), thinks, **grid)
         spent = cost(done)
         self.drawn += spent.steps
         self.drawn_separately += spent.separate_steps

@@ -42,7 +42,7 @@ from s1fast.metrics import duration
 from s1fast.ranks import ALONE, Ranks, process_group
 from s1fast.recipes.asking import Pace, Status, Task, ask_all
 from s1fast.recipes.store import Store, peek
-from s1fast.results import finish
+from s1fast.results import check_grader, finish
 from s1fast.tasks import STYLES, Problem, fingerprint, load
 
 SCHEMA = 1
@@ -196,6 +196,8 @@ def evaluate(model: str, config: EvaluateConfig, console: Console) -> Path:
             kept.
     """
     cells = plan(config)
+    config.how.params(config.samples, config.how.seed)
+    check_grader(config.grader)
     specs = [spec.strip() for spec in config.tasks.split(",")]
     problems = [p for spec in specs for p in load(spec, config.rows)]
     names = [spec.partition("=")[0] for spec in specs]

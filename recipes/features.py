@@ -87,6 +87,11 @@ def featurise(
     """
     if len(config.solvers) != 2:
         raise InputError(f"--solver: give two, as s1 did, not {len(config.solvers)}")
+    teachers = [("--solver", spec) for spec in config.solvers]
+    teachers += [("--classifier", config.classifier), ("--grader", config.grader)]
+    for flag, spec in teachers:
+        if spec:
+            check_teacher(spec, flag)
     subjects = read_subjects(config.subjects)
     count = token_counter(config.tokenizer)
     check_target(target, sources)
@@ -147,6 +152,14 @@ def teacher_of(spec: str, sampling: Sampling, flag: str) -> Teacher:
         )
     model, _, url = model.partition("@http")
     return make_teacher(name, model, f"http{url}" if url else "", sampling, think=False)
+
+
+def check_teacher(spec: str, flag: str) -> None:
+    """Raises an InputError where it could not be asked, before others are asked for days."""
+    if spec.startswith("engine:"):
+        find(spec.removeprefix("engine:"))
+    else:
+        teacher_of(spec, GRADING, flag)
 
 
 def _replies(

@@ -112,13 +112,12 @@ def _key(*names: str, needed: bool = True) -> str:
 
 def _fail(code: int, message: str, model: str, key: str, headers: Any) -> Exception:
     """What an HTTP error means: another attempt, the end of the question, or of the run."""
-    message = " ".join(message.replace(key, "***").split())
-    spent = code == 402 or any(words in message.lower() for words in NO_MONEY)
-    message = message[:300]
-    if spent:
+    whole = " ".join(message.replace(key, "***").split())
+    message = whole[:300]
+    if code == 402 or any(words in whole.lower() for words in NO_MONEY):
         return InputError(f"the account has no credit left (HTTP {code}): {message}")
     if code in (408, 409, 425, 429) or code >= 500:
-        return Unavailable(f"HTTP {code}: {message}", _retry_after(headers))
+        return Unavailable(f"HTTP {code}: {message}", _retry_after(headers, whole))
     if code in (401, 403) or re.search("api[ _]key", message, re.IGNORECASE):
         return InputError(f"the API key was refused (HTTP {code}): {message}")
     if code == 404:
@@ -126,9 +125,11 @@ def _fail(code: int, message: str, model: str, key: str, headers: Any) -> Except
     return Rejected(f"the server rejects the request (HTTP {code}): {message}")
 
 
-def _retry_after(headers: Any) -> float:
+def _retry_after(headers: Any, message: str) -> float:
+    """Seconds that the server asks for, in a header or in words; 0 if it does not."""
+    told = re.search(r"try (?:again )?in (\d+(?:\.\d+)?)\s?s", message, re.IGNORECASE)
     try:
-        return max(0.0, float((headers or {}).get("retry-after", 0)))
+        return max(0.0, float((headers or {}).get("retry-after") or (told[1] if told else 0)))
     except ValueError:  # a date, which providers do not send
         return 0.0
 

@@ -41,8 +41,9 @@ from s1fast.files import make_directory, read_json_object, write_atomic
 from s1fast.metrics import duration
 from s1fast.ranks import ALONE, Ranks, process_group
 from s1fast.recipes.asking import Pace, Status, Task, ask_all
+from s1fast.recipes.features import check_teacher
 from s1fast.recipes.store import Store, peek
-from s1fast.results import check_grader, finish
+from s1fast.results import finish
 from s1fast.tasks import STYLES, Problem, fingerprint, load
 
 SCHEMA = 1
@@ -197,7 +198,8 @@ def evaluate(model: str, config: EvaluateConfig, console: Console) -> Path:
     """
     cells = plan(config)
     config.how.params(config.samples, config.how.seed)
-    check_grader(config.grader)
+    if config.grader:
+        check_teacher(config.grader, "--grader")
     specs = [spec.strip() for spec in config.tasks.split(",")]
     problems = [p for spec in specs for p in load(spec, config.rows)]
     names = [spec.partition("=")[0] for spec in specs]

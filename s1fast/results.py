@@ -23,7 +23,6 @@ from s1fast.curves import measures, plot, table
 from s1fast.errors import InputError
 from s1fast.files import write_atomic
 from s1fast.grading import Grade, Graders, Item
-from s1fast.hub import find
 from s1fast.recipes.asking import Meter, ask_all
 from s1fast.recipes.features import GRADING, grading_task, teacher_of, verdict
 from s1fast.recipes.store import Store
@@ -123,14 +122,6 @@ def _grade(rows: Sequence[Row], problems: dict[tuple[str, str], Problem], worker
 
 def _item(row: Row, problem: Problem) -> Item:
     return Item(kind=problem.kind, gold=problem.gold, answer=row["answer"], choices=problem.choices)
-
-
-def check_grader(spec: str) -> None:
-    """Raises an InputError where it could not be asked, before there is anything to grade."""
-    if spec.startswith("engine:"):
-        find(spec.removeprefix("engine:"))
-    elif spec:
-        teacher_of(spec, GRADING, "--grader")
 
 
 def _ask_grader(

@@ -479,6 +479,10 @@ def test_from_sources_to_training(
         subjects=shared_data / "msc.json",
         pace=pace,
     )
+    with pytest.raises(InputError, match="--classifier 'typo': expected gemini:MODEL"):
+        wrong = dataclasses.replace(features, classifier="typo")
+        featurise([traces], tmp_path / "f.jsonl", wrong, quiet())
+    assert not features.work.exists(), "told before the solvers answer"
     target = featurise([traces], tmp_path / "f.jsonl", features, quiet())
     asked = server.seen.total()
     again = featurise([traces], tmp_path / "again.jsonl", features, quiet())

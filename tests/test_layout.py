@@ -107,8 +107,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scaling": set(),
     "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "request", "tasks"},
     "curves": {"errors", "files", "scaling"},
-    "results": {"answers", "curves", "errors", "files", "grading", "hub", "recipes", "scaling"}
-    | {"tasks"},
+    "results": {"answers", "curves", "errors", "files", "grading", "recipes", "scaling", "tasks"},
     "evaluate": {"answers", "decoder", "errors", "files", "metrics", "ranks", "recipes", "results"}
     | {"tasks"},
     "protocol": {"budget", "chat", "errors", "request"},

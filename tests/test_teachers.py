@@ -21,6 +21,7 @@ from s1fast.recipes.teachers import (
     Reply,
     Sampling,
     Unavailable,
+    _fail,
     make_teacher,
 )
 
@@ -103,6 +104,9 @@ def test_errors(ask: Ask) -> None:
     with pytest.raises(Unavailable, match="HTTP 429") as limited:
         ask(429, {"error": {"message": "slow down"}})
     assert limited.value.retry_after_s == 7
+    for words in ("Please retry in 34.5s.", "Rate limit. Try again in 34.5s"):
+        told = _fail(429, words, "m", "key", {})
+        assert isinstance(told, Unavailable) and told.retry_after_s == 34.5
     for body in ({"choices": [{"finish_reason": "error"}]}, {"choices": []}, {}, "busy", None):
         with pytest.raises(Unavailable, match="no choice with a message"):
             ask(200, body)

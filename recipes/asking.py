@@ -1,8 +1,8 @@
 """Asking many questions and paying for each once: concurrency, pace, retries, limits, the meter.
 
 What was answered is in the store and is not asked again; what is to be asked runs `concurrency` at
-a time. A run that must stop (a fatal error, a full disk, the money, Ctrl-C) sends nothing more but
-waits for the answers under way, because they will be billed.
+a time. A run that must stop (an error, a full disk, the money, Ctrl-C, SIGTERM) sends nothing more
+but waits for the answers under way, because they will be billed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -24,10 +24,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from s1fast.errors import InputError
 from s1fast.recipes.store import Store
-from s1fast.recipes.teachers import Rejected, Reply, Teacher, Unavailable
+from s1fast.recipes.teachers import CUT, Rejected, Reply, Teacher, Unavailable
 
 PROBES = 5
-"""Answers that are looked at before the rest is asked; so many rejections at first end the run."""
+"""Answers that are looked at before the rest is asked; so many failures at first end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Pace:
     request_seconds: float = 600.0
     """Longest wait for one answer."""
     question_seconds: float = 3600.0
-    """Longest time for a question, all attempts and waits together."""
+    """No further attempt at a question later than this."""
     first_wait_seconds: float = 2.0
     """Longest wait before the second attempt; it doubles, and the wait is drawn below it."""
     longest_wait_seconds: float = 60.0
@@ -53,7 +53,8 @@ class Pace:
     output_price: float | None = None
     """Dollars for a million tokens of thinking and answer."""
     max_dollars: float | None = None
-    """Stop before all answers, of earlier runs too, cost more than this."""
+    """Stop before all answers, of earlier runs too, cost more than this. Until it is known what
+    answers cost, no more are under way than have come."""
 
     def __post_init__(self) -> None:
         rules = [
@@ -64,9 +65,9 @@ class Pace:
             ("question_seconds", self.question_seconds > 0, "positive"),
             ("first_wait_seconds", 0 <= self.first_wait_seconds < math.inf, "a number from 0"),
             ("longest_wait_seconds", 0 <= self.longest_wait_seconds < math.inf, "a number from 0"),
-            ("input_price", _price(self.input_price), "a number from 0"),
-            ("output_price", _price(self.output_price), "a number from 0"),
-            ("max_dollars", _price(self.max_dollars), "a number from 0"),
+            ("input_price", _is_price(self.input_price), "a number from 0"),
+            ("output_price", _is_price(self.output_price), "a number from 0"),
+            ("max_dollars", _is_price(self.max_dollars), "a number from 0"),
         ]
         for name, holds, rule in rules:
             if not holds:
@@ -79,7 +80,7 @@ class Pace:
             )
 
 
-def _price(value: float | None) -> bool:
+def _is_price(value: float | None) -> bool:
     return value is None or 0 <= value < math.inf
 
 
@@ -101,6 +102,8 @@ class Meter:
     output_price: float | None
     answered: int = 0
     refused: int = 0
+    cut: int = 0
+    """Answers that the token limit ended."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     dearest: float = 0.0
@@ -112,9 +115,11 @@ class Meter:
     elsewhere: float = 0.0
     """Dollars of other stores that count, too."""
 
-    def add(self, record: dict[str, Any]) -> None:
-        self.answered += not record["refused"]
-        self.refused += bool(record["refused"])
+    def add(self, record: dict[str, Any], *, asked: bool = True) -> None:
+        """Counts a record's price and, if this run's questions are its, the answer."""
+        self.answered += asked and not record["refused"]
+        self.refused += asked and bool(record["refused"])
+        self.cut += asked and record["finish_reason"] in CUT
         output = record["answer_tokens"] + (record["thoughts_tokens"] or 0)
         self.prompt_tokens += record["prompt_tokens"]
         self.output_tokens += output
@@ -130,6 +135,7 @@ class Meter:
 
     def line(self, total: int, limit: float | None) -> str:
         text = f"{self.answered} of {total} answered"
+        text += f", {self.cut} of them cut by the token limit" if self.cut else ""
         text += f", {self.refused} refused" if self.refused else ""
         text += f", {len(self.failed)} failed" if self.failed else ""
         text += f", {self.unanswered} requests unanswered" if self.unanswered else ""
@@ -137,6 +143,36 @@ class Meter:
         if self.input_price is not None or self.output_price is not None:
             text += f", ${self.dollars:.4f}" + (f" of ${limit:g}" if limit is not None else "")
         return text
+
+
+class Status:
+    """A line about work under way: beside a bar on a terminal, every ten seconds elsewhere.
+
+    Args:
+        total: how much is to be done; None where nobody knows.
+    """
+
+    def __init__(self, console: Console, total: int | None) -> None:
+        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=console) if console.is_terminal else None
+        self._console, self._total, self._printed = console, total, time.monotonic()
+
+    def __enter__(self) -> Status:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._total)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, done: int, line: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=line)
+        elif time.monotonic() - self._printed >= 10:
+            self._printed = time.monotonic()
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 Probe = Callable[[list[dict[str, Any]]], None]
@@ -158,9 +194,8 @@ def ask_all(
         elsewhere: dollars of other stores that count towards pace.max_dollars.
 
     Raises:
-        InputError: the key or model is wrong, the first questions are all rejected alike, the disk
-            is full, the probe objects, or a limit was reached. Everything answered until then is
-            stored.
+        InputError: the key or model is wrong, the first questions all fail alike, the disk is full,
+            the probe objects, or a limit was reached. Everything answered until then is stored.
     """
     asking = _Asking(teacher, tasks, store, pace, console)
     asking.meter.elsewhere = elsewhere
@@ -171,22 +206,29 @@ class _Asking:
     def __init__(
         self, teacher: Teacher, tasks: Sequence[Task], store: Store, pace: Pace, console: Console
     ) -> None:
+        self._billed = teacher.identity["teacher"] != "engine"
+        if not self._billed:  # it costs nothing, and takes the time it takes
+            pace = replace(pace, request_seconds=math.inf, question_seconds=math.inf)
+            pace = replace(pace, input_price=None, output_price=None, max_dollars=None)
         self._teacher, self._store, self._pace, self._console = teacher, store, pace, console
         self._queue = deque(task for task in tasks if task.key not in store)
         self._first = [task.key for task in self._queue][:PROBES]
-        self._total = len(self._queue) + len(store)
+        self._total, keys = len(tasks), {task.key for task in tasks}
         self.meter = Meter(pace.input_price, pace.output_price)
-        for _, record in store.records():
-            self.meter.add(record)
-        self._began, self._before = time.monotonic(), (len(store), self.meter.output_tokens)
-        self._num_under_way = 0
+        for key, record in store.records():
+            self.meter.add(record, asked=key in keys)
+        self._before = self._total - len(self._queue), self.meter.output_tokens
+        self._began = time.monotonic()
+        self._num_under_way, self._num_stored = 0, len(store)
         self._next_turn = 0.0
-        self._stop: InputError | None = None
+        self._stop: Exception | None = None
+        self._ended = asyncio.Event()  # an answer under way, or the run
         self._stopped = asyncio.Event()
+        self._status = Status(console, self._total)
 
     async def run(self, probe: Probe | None) -> Meter:
         try:
-            with self._drain_on_interrupt(), self._progress():
+            with self._drain_on_interrupt(), self._status:
                 await self._stages(probe)
         finally:
             await self._teacher.aclose()
@@ -206,55 +248,55 @@ class _Asking:
             if missing <= 0 or self._stop:
                 break
             await self._ask([self._queue.popleft() for _ in range(missing)])
-        rest, self._queue = list(self._queue), deque()
-        if not self._stop:
-            await self._ask(rest)
+        await self._ask(self._queue)
 
     def _first_answers(self) -> list[dict[str, Any]]:
         records = (record for _, record in self._store.records() if not record["refused"])
         return [record for record, _ in zip(records, range(PROBES), strict=False)]
 
-    async def _ask(self, tasks: Sequence[Task]) -> None:
-        waiting = deque(tasks)
-
-        async def work() -> None:
-            while waiting and self._may_send():
-                await self._answer(waiting.popleft())
-
+    async def _ask(self, tasks: Iterable[Task]) -> None:
+        """Sends them as the pace and the money allow; returns when all of it has ended."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._pace.concurrency, len(waiting))):
-                group.create_task(work())
+            for task in tasks:
+                while not self._may_send():
+                    if self._stop:
+                        return
+                    self._ended.clear()
+                    await self._ended.wait()
+                self._num_under_way += 1
+                group.create_task(self._answer(task))
 
     def _may_send(self) -> bool:
-        """Whether another question can be afforded, should all under way be as dear as the dearest.
+        """Whether one more question may be under way.
 
-        A worker that must not send ends; the last one alone has nothing else under way.
+        The money must suffice if all of them are as dear as the dearest so far. Few answers tell
+        little of that, so no more are under way than are stored.
         """
-        limit = self._pace.max_dollars
-        if self._stop is None and limit is not None:
-            likely = self.meter.dollars + self.meter.dearest * (self._num_under_way + 1)
-            if self.meter.dollars >= limit or likely > limit:
-                if not self._num_under_way:
-                    self._halt(
-                        InputError(
-                            f"--max-dollars {limit:g}: reached, the next answer might cost more "
-                            f"than is left of it ({self.meter.line(self._total, limit)}); all "
-                            f"answers are kept in {self._store.path}"
-                        )
-                    )
-                return False
-        return self._stop is None
+        pace, meter, limit = self._pace, self.meter, self._pace.max_dollars
+        if self._stop or self._num_under_way >= pace.concurrency:
+            return False
+        if limit is None or not (pace.input_price or pace.output_price):
+            return True
+        likely = meter.dollars + meter.dearest * (self._num_under_way + 1)
+        if not self._num_under_way and (meter.dollars >= limit or likely > limit):
+            self._halt(
+                InputError(
+                    f"--max-dollars {limit:g}: reached, the next answer might cost more than is "
+                    f"left of it ({meter.line(self._total, limit)}); all answers are kept in "
+                    f"{self._store.path}"
+                )
+            )
+        return likely <= limit and self._num_under_way < max(1, self._num_stored)
 
     async def _answer(self, task: Task) -> None:
         """One question to its end: stored, failed, or the run's end."""
-        self._num_under_way += 1
         began = time.monotonic()
         try:
-            async with asyncio.timeout(self._pace.question_seconds):
-                reply, attempts = await self._attempts(task)
+            reply, attempts = await self._attempts(task)
             record = {**task.extra, **vars(reply), "attempts": attempts}
             record["seconds"] = round(time.monotonic() - began, 3)
             self._store.put(task.key, record)
+            self._num_stored += 1
             self.meter.add(record)
             if self._store.full:
                 self._halt(
@@ -263,40 +305,31 @@ class _Asking:
                         "free space and run again"
                     )
                 )
-        except Unavailable as error:
+        except (Unavailable, Rejected) as error:
             self._fail(task, str(error))
-        except Rejected as error:
-            self._fail(task, str(error))
-            self._stop_if_all_are_rejected()
-        except TimeoutError:
-            self._fail(task, f"not answered within {self._pace.question_seconds:g} s")
-        except InputError as error:
+        except Exception as error:  # the user's to mend, or our bug: the others' answers are paid
             self._halt(error)
         finally:
             self._num_under_way -= 1
+            self._ended.set()
             self._show()
 
     async def _attempts(self, task: Task) -> tuple[Reply, int]:
-        from tenacity import (
-            AsyncRetrying,
-            retry_if_exception_type,
-            stop_after_attempt,
-            wait_random_exponential,
-        )
+        import tenacity
 
-        drawn = wait_random_exponential(
-            self._pace.first_wait_seconds, self._pace.longest_wait_seconds
-        )
-
-        last = stop_after_attempt(self._pace.attempts)
+        pace = self._pace
+        # question_seconds never cuts off an attempt under way, which will be billed.
+        late = tenacity.stop_before_delay(pace.question_seconds)
+        last = late | tenacity.stop_after_attempt(pace.attempts)
+        drawn = tenacity.wait_random_exponential(pace.first_wait_seconds, pace.longest_wait_seconds)
 
         def wait(state: Any) -> float:
             return max(drawn(state), state.outcome.exception().retry_after_s)
 
-        retrying = AsyncRetrying(
+        retrying = tenacity.AsyncRetrying(
             stop=lambda state: self._stop is not None or last(state),
             wait=wait,
-            retry=retry_if_exception_type(Unavailable),
+            retry=tenacity.retry_if_exception_type(Unavailable),
             sleep=self._sleep,
             reraise=True,
         )
@@ -316,7 +349,7 @@ class _Asking:
         except TimeoutError:
             self._count_unanswered(task)
             raise Unavailable(f"no answer within {self._pace.request_seconds:g} s") from None
-        except BaseException:
+        except Exception:  # but after a second Ctrl-C the note of the request stays
             self._count_unanswered(task)
             raise
 
@@ -338,69 +371,62 @@ class _Asking:
             await asyncio.wait_for(self._stopped.wait(), seconds)
 
     def _fail(self, task: Task, reason: str) -> None:
-        if self._stop is None:
-            self.meter.failed[task.key] = reason
-
-    def _stop_if_all_are_rejected(self) -> None:
-        """The first questions all rejected alike: what is wrong is wrong for every question.
+        """Notes why; the first questions all failing alike, what is wrong is wrong for every one.
 
         A store that holds an answer shows that its model can be asked.
         """
+        if self._stop is not None:
+            return
+        self.meter.failed[task.key] = reason
         reasons = [self.meter.failed.get(key, "") for key in self._first]
         alike = {re.sub(r"\d+", "", reason) for reason in reasons}
-        if len(reasons) < PROBES or len(alike) > 1 or "" in alike:
-            return
-        if not self.meter.answered + self.meter.refused:
+        if len(reasons) == PROBES and len(alike) == 1 and reasons[0] and not self._num_stored:
             self._halt(
                 InputError(
-                    f"the first {PROBES} questions failed alike: {reasons[0]}; check --model and "
-                    "the sampling flags, or take these questions out"
+                    f"the first {PROBES} questions failed alike: {reasons[0]}; check the server, "
+                    "--model and the sampling flags, or take these questions out"
                 )
             )
 
-    def _halt(self, error: InputError) -> None:
+    def _halt(self, error: Exception) -> None:
         self._stop = self._stop or error
         self._stopped.set()
+        self._ended.set()
 
     # -- the terminal -----------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _drain_on_interrupt(self) -> Iterator[None]:
-        """The first Ctrl-C lets the answers under way arrive; a second one ends at once."""
+        """The first Ctrl-C or SIGTERM lets the answers under way arrive; a second ends at once."""
         loop = asyncio.get_running_loop()
 
+        def as_before() -> None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
         def interrupted() -> None:
-            loop.remove_signal_handler(signal.SIGINT)
+            as_before()
             self._console.print(
                 f"waiting for {self._num_under_way} answers under way, which will be billed; "
                 "Ctrl-C again to lose them"
             )
             self._halt(InputError(f"interrupted; all answers are kept in {self._store.path}"))
 
+        if not self._billed:
+            yield
+            return
         try:
-            loop.add_signal_handler(signal.SIGINT, interrupted)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, interrupted)
         except (RuntimeError, ValueError):  # not the main thread: Ctrl-C is somebody else's
             yield
             return
         try:
             yield
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
-
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[None]:
-        self._bar: Progress | None = None
-        self._printed = time.monotonic()
-        if not self._console.is_terminal:
-            yield
-            return
-        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
-        with Progress(*columns, console=self._console) as bar:
-            self._bar, self._bar_task = bar, bar.add_task("", total=self._total)
-            yield
+            as_before()
 
     def _show(self) -> None:
-        """The meter: as a bar on a terminal, as a line every ten seconds elsewhere."""
         done = self.meter.answered + self.meter.refused
         elapsed = time.monotonic() - self._began
         line = self.meter.line(self._total, self._pace.max_dollars)
@@ -408,8 +434,4 @@ class _Asking:
         if done > self._before[0]:
             left = elapsed / (done - self._before[0]) * (self._total - done)
             line += f", eta {datetime.timedelta(seconds=round(left))}"
-        if self._bar is not None:
-            self._bar.update(self._bar_task, completed=done, description=line)
-        elif time.monotonic() - self._printed >= 10:
-            self._printed = time.monotonic()
-            self._console.print(line, highlight=False, soft_wrap=True)
+        self._status.show(done, line)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
-from s1fast.errors import InputError
+from s1fast.errors import InputError, exit_on_input_error
 from s1fast.recipes.questions import Row, check_question, question_hash, write_rows, write_skipped
 from s1fast.rows import read_rows
 
@@ -259,8 +258,7 @@ def collect(
             rows, skipped = convert(source, local)
             write_rows(path, rows)
             clause = write_skipped(path, skipped)
-        with path.open() as file:
-            counts[source.name] = sum(1 for _ in file)
+        counts[source.name] = path.read_bytes().count(b"\n")
         console.print(
             f"{source.name:<16}{counts[source.name]:>7,}   paper{source.paper:>7,}   {clause}",
             highlight=False,
@@ -362,11 +360,8 @@ def main() -> None:
     parser.add_argument("--local", type=Path, help="read NAME.jsonl or NAME.parquet from here")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     given = parser.parse_args()
-    try:
+    with exit_on_input_error():
         counts = collect(given.output, given.local, tuple(given.only), Console())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"{sum(counts.values()):,} questions of {len(counts)} sources: {given.output}")
 
 

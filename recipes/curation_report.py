@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from s1fast.errors import InputError
 from s1fast.files import new_directory
 from s1fast.recipes.questions import Row
 
@@ -31,7 +32,6 @@ def write_report(
     counts: Mapping[str, int],
     skipped: Sequence[str],
     config: Mapping[str, Any],
-    form: str,
 ) -> None:
     """Writes train.jsonl or train.parquet, report.json, skipped.txt, README.md and the plots.
 
@@ -40,20 +40,24 @@ def write_report(
     """
     with new_directory(output) as folder:
         rows = [_flat(row) for row in chosen]
-        if form == "parquet":
+        if config["format"] == "parquet":
             import pyarrow
             import pyarrow.parquet
 
             names = sorted({name for row in rows for name in row})
-            table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+            columns = {name: [row.get(name) for row in rows] for name in names}
+            try:
+                table = pyarrow.table(columns)
+            except (pyarrow.ArrowException, OverflowError) as error:
+                raise InputError(f"--format parquet: {error}; take --format jsonl") from None
             pyarrow.parquet.write_table(table, folder / "train.parquet")
         else:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
         report = {"config": dict(config), "counts": dict(counts), "paper": PAPER}
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        (folder / "skipped.txt").write_text("".join(line + "\n" for line in skipped))
-        (folder / "README.md").write_text(_card(chosen, counts, config, form), encoding="utf-8")
+        (folder / "skipped.txt").write_text("".join(f"{x}\n" for x in skipped), encoding="utf-8")
+        (folder / "README.md").write_text(_card(chosen, counts, config), encoding="utf-8")
         _plot(folder, chosen, pool)
 
 
@@ -62,9 +66,7 @@ def _flat(row: Row) -> Row:
     return {k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()}
 
 
-def _card(
-    chosen: Sequence[Row], counts: Mapping[str, int], config: Mapping[str, Any], form: str
-) -> str:
+def _card(chosen: Sequence[Row], counts: Mapping[str, int], config: Mapping[str, Any]) -> str:
     steps = "\n".join(f"| {k} | {v:,} | {PAPER.get(k, 0):,} |" for k, v in counts.items())
     sources = Counter(str(row.get("source_type") or "not stated") for row in chosen)
     listed = "\n".join(f"| {name} | {count} |" for name, count in sources.most_common())
@@ -74,7 +76,7 @@ def _card(
     return f"""---
 configs:
 - config_name: default
-  data_files: train.{form}
+  data_files: train.{config["format"]}
 task_categories:
 - text-generation
 ---

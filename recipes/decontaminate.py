@@ -5,7 +5,7 @@ and trimming. A question with fewer than eight words has no 8-gram; the original
 pass, here it is flagged when the whole of it equals a whole test or earlier question so folded.
 One pass: a source's questions are compared with the tests and the sources before it, whose n-grams
 are then added, as 8-byte hashes; two of 59K questions' 4 million n-grams would meet with
-probability 4e-7. Sources in `exempt` (s1 added AIME after this step) lose exact duplicates only.
+probability 4e-7. AIME, which s1 added after this step, loses exact duplicates only.
 
     python -m s1fast.recipes.decontaminate pool.jsonl out/clean.jsonl --against math500.jsonl
 """
@@ -15,18 +15,30 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from s1fast.errors import InputError
-from s1fast.recipes.questions import Row, read_questions, text_of, write_rows, write_skipped
+from s1fast.errors import InputError, exit_on_input_error
+from s1fast.recipes.questions import (
+    Row,
+    check_target,
+    read_questions,
+    text_of,
+    write_rows,
+    write_skipped,
+)
 from s1fast.rows import read_rows
 
 NGRAM = 8
 AIME = "qq8933/AIME_1983_2024"
+REASONS = {
+    "test": "shares eight words with a test question",
+    "source": "shares eight words with an earlier source",
+    "duplicate": "the same question stands there before",
+}
 
 
 def normalise(text: str) -> list[str]:
@@ -34,11 +46,11 @@ def normalise(text: str) -> list[str]:
     return unicodedata.normalize("NFKC", text).casefold().split()
 
 
-def ngrams(text: str, size: int = NGRAM) -> set[int]:
-    """Hashes of all runs of `size` words; of the whole text where it is shorter."""
+def ngrams(text: str) -> set[int]:
+    """Hashes of all runs of eight words; of the whole text where it is shorter."""
     words = normalise(text)
-    last = max(len(words) - size, 0)
-    return {_hash(" ".join(words[i : i + size])) for i in range(last + 1)}
+    last = max(len(words) - NGRAM, 0)
+    return {_hash(" ".join(words[i : i + NGRAM])) for i in range(last + 1)}
 
 
 def _hash(text: str) -> int:
@@ -57,9 +69,16 @@ def read_ngrams(paths: Sequence[Path]) -> set[int]:
 
 
 def decontaminate(
-    rows: Iterable[Row], tests: set[int], exempt: frozenset[str] = frozenset({AIME})
+    rows: Iterable[Row], tests: set[int], flagged: Collection[str] = ()
 ) -> Iterator[tuple[Row, str]]:
-    """Every row with the reason to leave it out, or "". Rows of a source stand together."""
+    """Every row with the reason to leave it out, or "", source after source as they first come.
+
+    Args:
+        tests: n-grams of the test questions.
+        flagged: hashes of questions that were compared with the tests elsewhere, and met them.
+    """
+    places: dict[str, int] = {}
+    rows = sorted(rows, key=lambda row: places.setdefault(_source(row), len(places)))
     seen: set[str] = set()
     earlier: set[int] = set()  # of the sources before this one
     current: set[int] = set()
@@ -72,8 +91,8 @@ def decontaminate(
         reason = ""
         if row["question"] in seen:
             reason = "duplicate"
-        elif source not in exempt:
-            if not tests.isdisjoint(grams):
+        elif source != AIME:
+            if row.get("question_hash") in flagged or not tests.isdisjoint(grams):
                 reason = "test"
             elif not earlier.isdisjoint(grams):
                 reason = "source"
@@ -116,27 +135,26 @@ def main() -> None:
     parser.add_argument("--against", type=Path, nargs="+", required=True, help="test questions")
     parser.add_argument("--ray-workers", type=int, default=0, help="compare with tests on Ray")
     given = parser.parse_args()
-    try:
+    with exit_on_input_error():
+        check_target(given.target, [*given.sources, *given.against])
         questions = read_questions(given.sources)
         rows, tests = questions.rows, read_ngrams(given.against)
-        flagged = [False] * len(rows)
+        flagged = set()
         if given.ray_workers:
-            flagged, tests = flag_with_ray(rows, tests, given.ray_workers), set()
-        pairs = zip(rows, flagged, strict=True)
-        rest = [r for r, bad in pairs if not bad or _source(r) == AIME]
-        out = {"test": len(rows) - len(rest), "source": 0, "duplicate": 0}
-        kept = []
-        for row, reason in decontaminate(rest, tests):
-            if reason:
-                out[reason] += 1
-            else:
-                kept.append(row)
-        write_rows(given.target, kept)
-        skipped = write_skipped(given.target, questions.skipped)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{len(kept)} of {len(rows)} kept; left out {json.dumps(out)}; {skipped}: {given.target}")
+            flags = flag_with_ray(rows, tests, given.ray_workers)
+            flagged = {r["question_hash"] for r, flag in zip(rows, flags, strict=True) if flag}
+            tests = set()
+        pairs = list(decontaminate(rows, tests, flagged))
+        write_rows(given.target, (row for row, reason in pairs if not reason))
+        lines = [
+            f"{row['question_hash']}: {REASONS[reason]}: {row['question'][:200]!r}"
+            for row, reason in pairs
+            if reason
+        ]
+        skipped = write_skipped(given.target, questions.skipped + lines)
+    counts = Counter(reason for _, reason in pairs)
+    told = json.dumps({reason: counts[reason] for reason in REASONS})
+    print(f"{counts['']} of {len(rows)} kept; left out {told}; {skipped}: {given.target}")
 
 
 if __name__ == "__main__":

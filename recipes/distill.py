@@ -11,10 +11,7 @@ may not, and a model trained on summaries does not learn to think.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +21,15 @@ from rich.console import Console
 from s1fast.errors import InputError
 from s1fast.files import write_atomic
 from s1fast.recipes.asking import Meter, Pace, Task, ask_all
-from s1fast.recipes.questions import Questions, read_questions, write_rows, write_skipped
+from s1fast.recipes.questions import (
+    Questions,
+    check_target,
+    read_questions,
+    write_rows,
+    write_skipped,
+)
 from s1fast.recipes.store import Store
-from s1fast.recipes.teachers import Sampling, Teacher, make_teacher
+from s1fast.recipes.teachers import Sampling, make_teacher
 
 BYTES_PER_TOKEN = 4.0
 """UTF-8 bytes of a token of English mathematics, roughly: 3 to 4.5 in today's vocabularies, while a
@@ -53,28 +56,19 @@ class DistillConfig:
     pace: Pace = field(default_factory=Pace)
 
 
-def distill(
-    sources: Sequence[Path], store_path: Path, config: DistillConfig, console: Console
-) -> Path:
+def distill(sources: Sequence[Path], path: Path, config: DistillConfig, console: Console) -> Path:
     """Asks what the store does not hold yet and exports it all; returns the file of rows.
 
     Raises:
         InputError: see ask_all; bad input is found before anything is asked.
     """
-    questions = read_questions(sources)
-    if config.rows is not None:
-        if config.rows < 1:
-            raise InputError(f"--rows: must be at least 1, got {config.rows}")
-        questions.rows = questions.rows[: config.rows]
-    teacher = make_teacher(config.teacher, config.model, config.base_url, config.sampling)
-    return run(questions, teacher, store_path, config, console)
-
-
-def run(
-    questions: Questions, teacher: Teacher, path: Path, config: DistillConfig, console: Console
-) -> Path:
-    """distill with the questions read and the teacher made."""
     target = path.with_suffix(".jsonl")
+    check_target(target, [*sources, path])
+    if config.rows is not None and config.rows < 1:
+        raise InputError(f"--rows: must be at least 1, got {config.rows}")
+    questions = read_questions(sources)
+    questions.rows = questions.rows[: config.rows]
+    teacher = make_teacher(config.teacher, config.model, config.base_url, config.sampling)
     tasks = [
         Task(key=row["question_hash"], question=row["question"], extra={"model": config.model})
         for row in questions.rows
@@ -111,22 +105,21 @@ def look_at_thoughts(records: list[dict[str, Any]]) -> None:
         seen = (
             "no thinking" if kind == "none" else f"about {size / BYTES_PER_TOKEN:.0f} tokens of it"
         )
+        thought = f"where {billed} were thought: it hides" if billed else "and bills none: it hides"
         raise InputError(
-            f"{record['model']} shows {seen} where {billed or 0} were thought: the model hides "
-            "or sums up its thoughts, and traces made of that do not teach to think; choose a "
+            f"{record['model']} shows {seen} {thought}, sums up or "
+            "has no thoughts, and traces made of that do not teach to think; choose a "
             "model that returns raw thoughts, or go on with --accept-summaries. The first "
             f"{len(records)} answers are stored and will not be paid for again"
         )
 
 
-def export(questions: Questions, store: Store) -> list[dict[str, Any]]:
+def export(questions: Questions, store: Store) -> Iterator[dict[str, Any]]:
     """The questions that have a record, with it: rows that training and curation take."""
-    rows = []
     for row in questions.rows:
         record = store.get(row["question_hash"])
         if record is not None:
-            rows.append({**row, **record, "thoughts_kind": thoughts_kind(record)})
-    return rows
+            yield {**row, **record, "thoughts_kind": thoughts_kind(record)}
 
 
 def _report(
@@ -144,29 +137,3 @@ def _report(
     if meter.failed:
         line += f"; the failed ones are listed in {path}, run again to ask them"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sources", type=Path, nargs="+", help="questions, .jsonl or .parquet")
-    parser.add_argument("store", type=Path, help="the .sqlite to write or to go on with")
-    parser.add_argument("--teacher", default="gemini", choices=["gemini", "openai", "engine"])
-    parser.add_argument("--model", default="")
-    parser.add_argument("--base-url", default="")
-    parser.add_argument("--max-dollars", type=float)
-    parser.add_argument("--input-price", type=float, help="dollars a million prompt tokens")
-    parser.add_argument("--output-price", type=float, help="dollars a million other tokens")
-    parser.add_argument("--accept-summaries", action="store_true")
-    given = vars(parser.parse_args())
-    try:
-        names = {f.name for f in dataclasses.fields(Pace)}
-        pace = Pace(**{name: given.pop(name) for name in list(given) if name in names})
-        sources, store = given.pop("sources"), given.pop("store")
-        distill(sources, store, DistillConfig(pace=pace, **given), Console())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,23 +13,23 @@ A TEACHER is gemini:MODEL, openai:MODEL, openai:MODEL@URL or engine:FOLDER.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from s1fast.chat import load_tokenizer
-from s1fast.errors import InputError
+from s1fast.errors import InputError, exit_on_input_error
 from s1fast.files import parse_json, read_bytes
 from s1fast.grading import Graders, Item, boxed
 from s1fast.hub import find
 from s1fast.recipes.asking import Meter, Pace, Task, ask_all
 from s1fast.recipes.questions import (
     Row,
+    check_target,
     question_hash,
     read_questions,
     text_of,
@@ -37,7 +37,7 @@ from s1fast.recipes.questions import (
     write_skipped,
 )
 from s1fast.recipes.store import Store, peek
-from s1fast.recipes.teachers import OurEngine, Sampling, Teacher, make_teacher
+from s1fast.recipes.teachers import Sampling, Teacher, make_teacher
 
 GRADER = (
     "You check answers to examination problems. You get a problem, an attempt and the correct "
@@ -53,7 +53,7 @@ CLASSIFIER = (
 SOLVING = Sampling(temperature=0.05, max_tokens=32768)
 """s1's for the two models."""
 GRADING = Sampling(max_tokens=8192)
-"""s1's for the grader."""
+"""s1's for the grader and the classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,6 @@ class FeatureConfig:
     """JSON list of {code, title}: the 61 classes of s1's data/msc.json."""
     grader: str = ""
     """Teacher that grades; math-verify if empty."""
-    solving: Sampling = SOLVING
     pace: Pace = field(default_factory=Pace)
 
 
@@ -88,23 +87,30 @@ def featurise(
     """
     if len(config.solvers) != 2:
         raise InputError(f"--solver: give two, as s1 did, not {len(config.solvers)}")
+    teachers = [("--solver", spec) for spec in config.solvers]
+    teachers += [("--classifier", config.classifier), ("--grader", config.grader)]
+    for flag, spec in teachers:
+        if spec:
+            check_teacher(spec, flag)
     subjects = read_subjects(config.subjects)
-    path = find(config.tokenizer)
-    tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    count = token_counter(config.tokenizer)
+    check_target(target, sources)
     questions = read_questions(sources)
     rows = questions.rows
     for row in rows:
         if row.get("thinking"):
             text = text_of(row, "thinking", row["question_hash"])
-            row["length"] = len(tokenizer.encode(text, add_special_tokens=False).ids)
-    answers = [{r["question_hash"]: str(r.get("answer") or "") for r in rows}]
+            row["length"] = count(text)
+    answers = [{r["question_hash"]: str(r["answer"]) for r in rows if r.get("answer")}]
+    tasks = [Task(key=row["question_hash"], question=row["question"]) for row in rows]
     for i, name in enumerate(config.solvers):
-        answers.append(_replies(f"solver-{i}", name, _questions(rows), config, console))
+        answers.append(_replies(f"solver-{i}", name, tasks, config, console, SOLVING))
     fields = ("teacher_correct", "solver_correct_0", "solver_correct_1")
-    for name, given in zip(fields, answers, strict=True):
-        grades = _grade(name, rows, given, config, console)
-        for row in rows:
-            row[name] = grades.get(row["question_hash"])
+    with Graders() as graders:
+        for name, given in zip(fields, answers, strict=True):
+            grades = _grade(rows, given, config, console, graders)
+            for row in rows:
+                row[name] = grades.get(row["question_hash"])
     _classify(rows, subjects, config, console)
     write_rows(target, rows)
     missing = {n: sum(r.get(n) is None for r in rows) for n in ("length", "subject", *fields)}
@@ -112,6 +118,13 @@ def featurise(
     skipped = write_skipped(target, questions.skipped)
     console.print(f"{len(rows)} questions; {listed or 'every feature there'}; {skipped}: {target}")
     return target
+
+
+def token_counter(name: str) -> Callable[[str], int]:
+    """Counts a text's tokens; name: a folder, tokenizer.json or hub id."""
+    path = find(name)
+    tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def read_subjects(path: Path) -> dict[str, str]:
@@ -130,21 +143,23 @@ def read_subjects(path: Path) -> dict[str, str]:
     return found
 
 
-def teacher_of(spec: str, sampling: Sampling, flag: str, *, think: bool = False) -> Teacher:
-    """The teacher that a flag like openai:MODEL@URL names."""
+def teacher_of(spec: str, sampling: Sampling, flag: str) -> Teacher:
+    """The teacher that a flag like openai:MODEL@URL names; its thoughts are not wanted."""
     name, colon, model = spec.partition(":")
     if not colon or not model:
         raise InputError(
             f"{flag} {spec!r}: expected gemini:MODEL, openai:MODEL@URL or engine:FOLDER"
         )
-    if name == "engine":
-        return OurEngine(model, sampling, think=think)
     model, _, url = model.partition("@http")
-    return make_teacher(name, model, f"http{url}" if url else "", sampling)
+    return make_teacher(name, model, f"http{url}" if url else "", sampling, think=False)
 
 
-def _questions(rows: Sequence[Row]) -> list[Task]:
-    return [Task(key=row["question_hash"], question=row["question"]) for row in rows]
+def check_teacher(spec: str, flag: str) -> None:
+    """Raises an InputError where it could not be asked, before others are asked for days."""
+    if spec.startswith("engine:"):
+        find(spec.removeprefix("engine:"))
+    else:
+        teacher_of(spec, GRADING, flag)
 
 
 def _replies(
@@ -153,18 +168,15 @@ def _replies(
     tasks: Sequence[Task],
     config: FeatureConfig,
     console: Console,
-    sampling: Sampling | None = None,
+    sampling: Sampling,
 ) -> dict[str, str]:
     """What a teacher answers, by key, from its store where it has answered before."""
-    teacher = teacher_of(spec, sampling or config.solving, f"--{step.split('-')[0]}")
+    teacher = teacher_of(spec, sampling, f"--{step.split('-')[0]}")
     console.print(f"{step}: {spec}", highlight=False)
     with Store(config.work / f"{step}.sqlite", {"step": step, **teacher.identity}) as store:
-        pace = config.pace
-        if teacher.identity["teacher"] == "engine":  # costs nothing
-            pace = replace(pace, input_price=None, output_price=None, max_dollars=None)
         elsewhere = _spent(config, store.path)
-        meter = ask_all(teacher, tasks, store, pace, console, elsewhere=elsewhere)
-        console.print(meter.line(len(tasks), pace.max_dollars), highlight=False)
+        meter = ask_all(teacher, tasks, store, config.pace, console, elsewhere=elsewhere)
+        console.print(meter.line(len(tasks), config.pace.max_dollars), highlight=False)
         for key, reason in list(meter.failed.items())[:5]:
             console.print(f"  failed: {key}: {reason}", highlight=False, markup=False)
         found = {task.key: store.get(task.key) for task in tasks}
@@ -183,24 +195,26 @@ def _spent(config: FeatureConfig, current: Path) -> float:
 
 
 def _grade(
-    name: str, rows: Sequence[Row], answers: dict[str, str], config: FeatureConfig, console: Console
+    rows: Sequence[Row],
+    answers: dict[str, str],
+    config: FeatureConfig,
+    console: Console,
+    graders: Graders,
 ) -> dict[str, bool | None]:
     """Question hash -> whether the answer is right; None where nothing can tell."""
-    able = [r for r in rows if r.get("solution") and answers.get(r["question_hash"])]
-    if not config.grader:
-        with Graders() as graders:
-            return {
-                r["question_hash"]: verify(answers[r["question_hash"]], r["solution"], graders)
-                for r in able
-            }
-    tasks = [
-        grading_task(row["question"], row["solution"], answers[row["question_hash"]])
-        for row in able
-    ]
-    replies = _replies("grader", config.grader, tasks, config, console, GRADING)
+    able = [r for r in rows if r.get("solution") and r["question_hash"] in answers]
+    given = [answers[row["question_hash"]] for row in able]
+    if config.grader:
+        pairs = zip(able, given, strict=True)
+        tasks = [grading_task(row["question"], row["solution"], text) for row, text in pairs]
+        asked = [task for task, text in zip(tasks, given, strict=True) if text.strip()]
+        replies = _replies("grader", config.grader, asked, config, console, GRADING)
+        grades = [verdict(replies.get(task.key, "")) for task in tasks]
+    else:
+        grades = verify(given, [row["solution"] for row in able], graders)
     return {
-        row["question_hash"]: verdict(replies.get(task.key, ""))
-        for row, task in zip(able, tasks, strict=True)
+        row["question_hash"]: grade if text.strip() else False  # no answer is a wrong one
+        for row, text, grade in zip(able, given, grades, strict=True)
     }
 
 
@@ -216,6 +230,15 @@ def verdict(reply: str) -> bool | None:
     return {"yes": True, "no": False}.get(last)
 
 
+def subject_of(reply: str, subjects: dict[str, str]) -> str | None:
+    """The subject whose code a reply ends with, or else the one code that its last line names."""
+    last = (reply.strip().splitlines() or [""])[-1]
+    end = re.search(r"(?<!\d)(\d\d)\W*$", last)
+    named = {code for code in re.findall(r"(?<!\d)\d\d(?!\d)", last) if code in subjects}
+    code = end[1] if end else named.pop() if len(named) == 1 else ""
+    return subjects.get(code)
+
+
 def _classify(
     rows: Sequence[Row], subjects: dict[str, str], config: FeatureConfig, console: Console
 ) -> None:
@@ -228,26 +251,26 @@ def _classify(
         )
         for row in rows
     ]
-    sampling = Sampling(max_tokens=8192)
-    replies = _replies("classifier", config.classifier, tasks, config, console, sampling)
+    replies = _replies("classifier", config.classifier, tasks, config, console, GRADING)
     for row in rows:
-        code = re.search(r"(\d\d)\W*$", replies.get(row["question_hash"], ""))
-        row["subject"] = subjects.get(code[1]) if code else None
+        row["subject"] = subject_of(replies.get(row["question_hash"], ""), subjects)
 
 
-def verify(answer: str, solution: str, graders: Graders) -> bool | None:
-    """Whether the answer's result equals the solution's; None if the solution states no result.
+def verify(answers: Sequence[str], solutions: Sequence[str], graders: Graders) -> list[bool | None]:
+    """Whether each answer's result equals its solution's; None if the solution states no result.
 
     Letters of multiple choice are compared as letters, all else as s1fast evaluate does.
     """
-    gold = final_result(solution)
-    if gold is None:
-        return None
-    given = final_result(answer) or answer
-    if re.fullmatch(r"\(?[A-Z]\)?", gold):
-        letter = re.search(r"\b([A-Z])\b", given)
-        return letter is not None and letter[1] == gold.strip("()")
-    return graders.grade([Item(kind="math", gold=gold, answer=f"\\boxed{{{given}}}")])[0].correct
+    golds = [final_result(solution) for solution in solutions]
+    items = []
+    for gold, answer in zip(golds, answers, strict=True):
+        letter = re.fullmatch(r"\(?([A-H])\)?", gold or "")
+        if letter:
+            items.append(Item(kind="letter", gold=letter[1], answer=answer))
+        elif gold is not None:
+            items.append(Item(kind="math", gold=gold, answer=answer))
+    grades = iter(graders.grade(items))
+    return [None if gold is None else next(grades).correct for gold in golds]
 
 
 def final_result(text: str) -> str | None:
@@ -269,7 +292,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--solver", action="append", default=[], metavar="TEACHER")
+    parser.add_argument("--solver", dest="solvers", action="append", default=[], metavar="TEACHER")
     parser.add_argument("--classifier", required=True, metavar="TEACHER")
     parser.add_argument("--subjects", type=Path, required=True)
     parser.add_argument("--grader", default="", metavar="TEACHER")
@@ -277,26 +300,13 @@ def main() -> None:
     parser.add_argument("--input-price", type=float, help="dollars a million prompt tokens")
     parser.add_argument("--output-price", type=float, help="dollars a million other tokens")
     parser.add_argument("--max-dollars", type=float, help="for all steps together")
-    given: Any = parser.parse_args()
-    try:
-        config = FeatureConfig(
-            work=given.work,
-            tokenizer=given.tokenizer,
-            solvers=tuple(given.solver),
-            classifier=given.classifier,
-            subjects=given.subjects,
-            grader=given.grader,
-            pace=Pace(
-                concurrency=given.concurrency,
-                input_price=given.input_price,
-                output_price=given.output_price,
-                max_dollars=given.max_dollars,
-            ),
-        )
-        featurise(given.sources, given.target, config, Console())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    given = vars(parser.parse_args())
+    with exit_on_input_error():
+        names = {f.name for f in dataclasses.fields(Pace)}
+        pace = Pace(**{name: given.pop(name) for name in list(given) if name in names})
+        sources, target = given.pop("sources"), given.pop("target")
+        given["solvers"] = tuple(given["solvers"])
+        featurise(sources, target, FeatureConfig(pace=pace, **given), Console())
 
 
 if __name__ == "__main__":

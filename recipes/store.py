@@ -37,8 +37,8 @@ class Store:
 
     Args:
         path: the SQLite file; its folder is made.
-        identity: what all records have in common, as teacher and model. A file of another
-            identity is an error: its answers would be mixed with these.
+        identity: what all records have in common, as teacher and model. A file with records of
+            another identity is an error: its answers would be mixed with these.
 
     Raises:
         InputError: another identity or schema, no SQLite file, in use, or no room.
@@ -157,7 +157,9 @@ class Store:
                 f"{self.path}: a store of schema {meta.get('schema', 'unknown')}, expected "
                 f"{SCHEMA}; choose another file"
             )
-        if meta["identity"] != ours:
+        if meta["identity"] != ours and not len(self):  # the run that made it got no answer
+            self._db.execute("UPDATE meta SET value=? WHERE name='identity'", (ours,))
+        elif meta["identity"] != ours:
             raise InputError(
                 f"{self.path}: a store of another run, {meta['identity']}, not {ours}; choose "
                 "another file for this one"
@@ -188,18 +190,21 @@ class Store:
 
 
 def peek(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A store's identity and records, read beside whoever uses it.
+    """A store's identity and records, read beside whoever uses it; none of one that a kill left
+    without its tables.
 
     Raises:
         InputError: the file is no store.
     """
     try:
         with contextlib.closing(sqlite3.connect(path)) as db:
+            if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                return {}, []
             rows = db.execute("SELECT value FROM meta WHERE name='identity'").fetchall()
             records = [json.loads(value) for (value,) in db.execute("SELECT value FROM records")]
     except sqlite3.Error as error:
         raise InputError(f"{path}: {error}; choose another folder") from None
-    return (json.loads(rows[0][0]) if rows else {}), records
+    return json.loads(rows[0][0]), records
 
 
 _REMEDY = "what was stored is kept: free space or choose another file, and run again"

@@ -10,16 +10,19 @@ retry. What an attempt may end in besides a Reply:
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from s1fast.errors import InputError
 
+NO_MONEY = ("insufficient_quota", "insufficient balance")
+"""In a provider's error: no attempt can work until the account is filled."""
 REFUSALS = {"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE"}
 """Gemini's finish reasons after which asking again would be refused again; s1 met RECITATION."""
+CUT = {"MAX_TOKENS", "length"}
+"""Finish reasons of an answer that the token limit cut: Gemini's; OpenAI's and our engine's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,14 @@ class Sampling:
     """Gemini's bound on thinking tokens."""
 
 
-def make_teacher(name: str, model: str, base_url: str, sampling: Sampling) -> Teacher:
+def make_teacher(
+    name: str, model: str, base_url: str, sampling: Sampling, *, think: bool = True
+) -> Teacher:
     """The teacher of that name: gemini, openai or engine.
+
+    Args:
+        think: thoughts are wanted; without, gemini is not asked to show any, which some of its
+            models cannot, and our engine answers at once.
 
     Raises:
         InputError: no model, a missing key or package, a model folder that cannot be loaded.
@@ -83,11 +92,11 @@ def make_teacher(name: str, model: str, base_url: str, sampling: Sampling) -> Te
     if not model:
         raise InputError("--model: name the teacher's model; there is no default")
     if name == "gemini":
-        return Gemini(model, base_url, sampling)
+        return Gemini(model, base_url, sampling, think=think)
     if name == "openai":
         return OpenAICompatible(model, base_url, sampling)
     if name == "engine":
-        return OurEngine(model, sampling)
+        return OurEngine(model, sampling, think=think)
     raise InputError(f"teacher {name!r}: expected gemini, openai or engine")
 
 
@@ -103,9 +112,12 @@ def _key(*names: str, needed: bool = True) -> str:
 
 def _fail(code: int, message: str, model: str, key: str, headers: Any) -> Exception:
     """What an HTTP error means: another attempt, the end of the question, or of the run."""
-    message = " ".join(message.replace(key, "***").split())[:300]
+    whole = " ".join(message.replace(key, "***").split())
+    message = whole[:300]
+    if code == 402 or any(words in whole.lower() for words in NO_MONEY):
+        return InputError(f"the account has no credit left (HTTP {code}): {message}")
     if code in (408, 409, 425, 429) or code >= 500:
-        return Unavailable(f"HTTP {code}: {message}", _retry_after(headers))
+        return Unavailable(f"HTTP {code}: {message}", _retry_after(headers, whole))
     if code in (401, 403) or re.search("api[ _]key", message, re.IGNORECASE):
         return InputError(f"the API key was refused (HTTP {code}): {message}")
     if code == 404:
@@ -113,9 +125,11 @@ def _fail(code: int, message: str, model: str, key: str, headers: Any) -> Except
     return Rejected(f"the server rejects the request (HTTP {code}): {message}")
 
 
-def _retry_after(headers: Any) -> float:
+def _retry_after(headers: Any, message: str) -> float:
+    """Seconds that the server asks for, in a header or in words; 0 if it does not."""
+    told = re.search(r"try (?:again )?in (\d+(?:\.\d+)?)\s?s", message, re.IGNORECASE)
     try:
-        return max(0.0, float((headers or {}).get("retry-after", 0)))
+        return max(0.0, float((headers or {}).get("retry-after") or (told[1] if told else 0)))
     except ValueError:  # a date, which providers do not send
         return 0.0
 
@@ -123,7 +137,7 @@ def _retry_after(headers: Any) -> float:
 class Gemini:
     """Google's models through google-genai, thoughts included, which s1 distilled from."""
 
-    def __init__(self, model: str, base_url: str, sampling: Sampling) -> None:
+    def __init__(self, model: str, base_url: str, sampling: Sampling, *, think: bool) -> None:
         try:
             import httpx2
             from google import genai
@@ -133,7 +147,7 @@ class Gemini:
         self._key = _key("GEMINI_API_KEY", "GOOGLE_API_KEY")
         self._types, self._model = types, model
         self._http = httpx2.AsyncClient(limits=httpx2.Limits(max_connections=None), timeout=None)
-        self._transport_error = httpx2.TransportError
+        self._broken = httpx2.RequestError
         # Without retry options the client has an implicit retry after a broken connection, which
         # would pay again unseen; one attempt turns it off. Time limits are the caller's.
         options = types.HttpOptions(
@@ -144,10 +158,11 @@ class Gemini:
         self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
         self.identity = {"teacher": "gemini", "model": model, "base_url": base_url}
         self.identity |= _given(sampling)
+        thoughts = types.ThinkingConfig(
+            include_thoughts=True, thinking_budget=sampling.thinking_budget
+        )
         self._config: dict[str, Any] = {
-            "thinking_config": types.ThinkingConfig(
-                include_thoughts=True, thinking_budget=sampling.thinking_budget
-            ),
+            "thinking_config": thoughts if think else None,
             "temperature": sampling.temperature,
             "max_output_tokens": sampling.max_tokens,
         }
@@ -165,7 +180,7 @@ class Gemini:
         except errors.APIError as error:
             headers = getattr(error.response, "headers", None)
             raise _fail(error.code, str(error.message), self._model, self._key, headers) from None
-        except (self._transport_error, ValueError) as error:  # ValueError: a body that is no JSON
+        except (self._broken, ValueError) as error:  # ValueError: a body that is no JSON
             raise Unavailable(f"{type(error).__name__}: {error}") from None
         return _gemini_reply(response)
 
@@ -190,8 +205,18 @@ def _gemini_reply(response: Any) -> Reply:
     parts = (candidate.content and candidate.content.parts) or []
     thinking = "\n".join(part.text for part in parts if part.text and part.thought)
     answer = "".join(part.text for part in parts if part.text and not part.thought)
-    refused = reason if reason in REFUSALS else ""
-    return Reply(thinking=thinking, answer=answer, finish_reason=reason, refused=refused, **counts)
+    return Reply(
+        thinking=_whole(thinking),
+        answer=_whole(answer),
+        finish_reason=reason,
+        refused=reason if reason in REFUSALS else "",
+        **counts,
+    )
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD for half a character, which JSON can hold and no file of ours."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class OpenAICompatible:
@@ -214,9 +239,7 @@ class OpenAICompatible:
         self._given = {k: v for k, v in _given(sampling).items() if k != "thinking_budget"}
 
     async def ask(self, question: str, system: str = "") -> Reply:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": question})
-        return openai_reply(await self.complete(messages, **self._given))
+        return openai_reply(await self.complete(_messages(question, system), **self._given))
 
     async def complete(self, messages: list[dict[str, str]], **fields: Any) -> Any:
         """The server's ChatCompletion, with at least one choice; `fields` as the client names them.
@@ -234,9 +257,10 @@ class OpenAICompatible:
             headers = error.response.headers
             raise _fail(error.status_code, error.message, self._model, self._key, headers) from None
         except (self._openai.APIError, ValueError) as error:
-            raise Unavailable(f"{type(error).__name__}: {error}") from None
-        if not done or not getattr(done, "choices", None):
-            raise Unavailable("no choice in the answer")
+            reason = error.__cause__ or error  # of a connection error, what went wrong
+            raise Unavailable(f"{type(error).__name__}: {reason}") from None
+        if not getattr(done, "choices", None) or not done.choices[0].message:
+            raise Unavailable("no choice with a message in the answer")
         return done
 
     async def reach(self) -> None:
@@ -268,30 +292,32 @@ def openai_reply(done: Any) -> Reply:
     answer = choice.message.content or ""
     extra = choice.message.model_extra or {}
     thinking = extra.get("reasoning_content") or extra.get("reasoning") or ""
-    inline = re.match(r"\s*<think>(.*?)</think>", answer, re.DOTALL)
-    if not thinking and inline:  # R1-style models behind a server that does not part them
-        thinking, answer = inline[1], answer[inline.end() :]
+    if not thinking and ("</think>" in answer or answer.lstrip().startswith("<think>")):
+        # R1-style models behind a server that does not part them; the prompt may hold the opening
+        # marker, and the token limit cut the closing one.
+        thinking, _, answer = answer.lstrip().removeprefix("<think>").partition("</think>")
     usage = done.usage
-    output = usage.completion_tokens if usage else 0
+    output = (usage and usage.completion_tokens) or 0
     details = usage and usage.completion_tokens_details
     thoughts = details.reasoning_tokens if details else None
     reason = choice.finish_reason or ""
     refused = choice.message.refusal or ("content_filter" if reason == "content_filter" else "")
     return Reply(
-        thinking=thinking.strip(),
-        answer=answer.strip(),
+        thinking=_whole(thinking).strip(),
+        answer=_whole(answer).strip(),
         finish_reason=reason,
         refused=refused,
-        prompt_tokens=usage.prompt_tokens if usage else 0,
+        prompt_tokens=(usage and usage.prompt_tokens) or 0,
         thoughts_tokens=thoughts,
-        answer_tokens=output - (thoughts or 0),
+        answer_tokens=max(0, output - (thoughts or 0)),
     )
 
 
 class OurEngine:
-    """A model folder in this process; questions that wait are answered as one batch."""
+    """A model folder in this process; questions under way at the same time share its batch."""
 
-    def __init__(self, model: str, sampling: Sampling, *, think: bool = True) -> None:
+    def __init__(self, model: str, sampling: Sampling, *, think: bool) -> None:
+        from s1fast.budget import Budget
         from s1fast.decoder import Engine, SamplingParams
 
         if sampling.thinking_budget is not None:
@@ -300,55 +326,34 @@ class OurEngine:
         self._params = SamplingParams(
             temperature=sampling.temperature or 0.0, max_tokens=sampling.max_tokens
         )
-        self._think = think
+        self._budget = Budget() if think else None
         self.identity = {"teacher": "engine", "model": model, "think": think} | _given(sampling)
-        self._waiting: list[tuple[list[dict[str, str]], asyncio.Future[Reply]]] = []
-        self._worker: asyncio.Task[None] | None = None
 
     async def ask(self, question: str, system: str = "") -> Reply:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": question})
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._waiting.append((messages, future))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
-        return await future
+        messages, params = _messages(question, system), self._params
+        try:
+            ids = self._engine.chat.prompt_ids(messages, think=self._budget is not None)
+            if (params.max_tokens or 0) > self._engine.context - len(ids):
+                params = replace(params, max_tokens=None)  # whatever the context leaves
+            (done,) = await self._engine.generate_async([ids], params, self._budget)
+        except InputError as error:
+            raise Rejected(str(error)) from None
+        return Reply(
+            thinking=done.thinking.strip(),
+            answer=done.answer.strip(),
+            finish_reason=done.finish_reason or "",
+            prompt_tokens=len(done.prompt_ids),
+            thoughts_tokens=done.thinking_tokens,
+            answer_tokens=len(done.token_ids) - done.thinking_tokens,
+        )
 
     async def aclose(self) -> None:
-        if self._worker is not None:
-            self._worker.cancel()
+        pass
 
-    async def _work(self) -> None:
-        await asyncio.sleep(0)  # whoever asks in the same turn of the loop joins the batch
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
-            try:
-                replies = await asyncio.to_thread(self._answer, [messages for messages, _ in batch])
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), reply in zip(batch, replies, strict=True):
-                if not future.done():  # its time was up
-                    future.set_result(reply)
 
-    def _answer(self, prompts: list[list[dict[str, str]]]) -> list[Reply]:
-        from s1fast.budget import Budget
-
-        budget = Budget() if self._think else None
-        done = self._engine.generate(prompts, self._params, budget)
-        return [
-            Reply(
-                thinking=c.thinking.strip(),
-                answer=c.answer.strip(),
-                finish_reason=c.finish_reason or "",
-                prompt_tokens=len(c.prompt_ids),
-                thoughts_tokens=c.thinking_tokens,
-                answer_tokens=len(c.token_ids) - c.thinking_tokens,
-            )
-            for c in done
-        ]
+def _messages(question: str, system: str) -> list[dict[str, str]]:
+    instructed = [{"role": "system", "content": system}] if system else []
+    return [*instructed, {"role": "user", "content": question}]
 
 
 def _given(sampling: Sampling) -> dict[str, Any]:

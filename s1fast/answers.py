@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 from s1fast.errors import InputError
 from s1fast.hub import find
-from s1fast.recipes.asking import Meter, Pace, Task, ask_all
-from s1fast.recipes.store import Store
+from s1fast.recipes.features import token_counter
 from s1fast.recipes.teachers import OpenAICompatible, Reply, Sampling, openai_reply
 from s1fast.tasks import STYLES, Problem
 
@@ -111,6 +110,13 @@ class How:
     max_tokens: int | None = None
     """Most tokens generated in all; the whole context unless given."""
 
+    def params(self, n: int, seed: int) -> Any:
+        """The SamplingParams of n samples. Raises an InputError naming a bad field."""
+        from s1fast.request import SamplingParams
+
+        names = ("temperature", "top_k", "top_p", "min_p", "max_tokens")
+        return SamplingParams(n=n, seed=seed, **{name: getattr(self, name) for name in names})
+
 
 Finished = Callable[[str, Record], None]
 """Takes a key and its finished record."""
@@ -120,31 +126,20 @@ class Local:
     """Our engine in this process.
 
     Args:
+        engine: a decoder.Engine.
         cells: all of the run's; those of one style are decoded together, as one budget tree.
         samples: of each problem, drawn by one request.
         separate: decode every cell from its prompt instead.
     """
 
     def __init__(
-        self,
-        model: str,
-        how: How,
-        cells: Sequence[Cell],
-        *,
-        samples: int,
-        separate: bool,
-        device: Literal["auto", "cpu", "cuda"],
-        dtype: Literal["auto", "float32", "bfloat16"],
-        matmul: Literal["torch", "cuda"],
-        max_batch: int,
+        self, engine: Any, how: How, cells: Sequence[Cell], *, samples: int, separate: bool
     ) -> None:
-        from s1fast.decoder import Engine
-
-        self._engine = Engine(model, device=device, dtype=dtype, matmul=matmul, max_batch=max_batch)
-        self._how, self._cells, self._samples = how, cells, samples
-        self._separate = separate
+        self._engine, self._how, self._cells = engine, how, cells
+        self._samples, self._separate = samples, separate
         # Requests under way: a batch full of rows, and as many waiting for their places.
-        self._window = max(2, 2 * max_batch // samples) if max_batch > 1 else 1
+        rows = engine.max_batch
+        self._window = max(2, 2 * rows // samples) if rows > 1 else 1
         self.drawn = self.drawn_separately = 0
         """Tokens drawn so far, and how many it would have been cell by cell."""
 
@@ -219,19 +214,9 @@ class Local:
     ) -> list[Any]:
         """Completions in the order (sample, cell)."""
         from s1fast.budget import Budget
-        from s1fast.decoder import SamplingParams
         from s1fast.request import cost
 
         how = self._how
-        params = SamplingParams(
-            temperature=how.temperature,
-            top_k=how.top_k,
-            top_p=how.top_p,
-            min_p=how.min_p,
-            seed=seed,
-            n=n,
-            max_tokens=how.max_tokens,
-        )
         budget = Budget(
             max_thinking_tokens=cells[0].budget,
             num_ignore=cells[0].ignores,
@@ -245,7 +230,7 @@ class Local:
             grid["num_ignores"] = list(dict.fromkeys(cell.ignores for cell in cells))
         prompts = [problem.question + STYLES[cells[0].style]]
         thinks = budget if cells[0].think else None
-        done = await self._engine.generate_async(prompts, params, thinks, **grid)
+        done = await self._engine.generate_async(prompts, how.params(n, seed), thinks, **grid)
         spent = cost(done)
         self.drawn += spent.steps
         self.drawn_separately += spent.separate_steps
@@ -294,31 +279,40 @@ class Forced(Reply):
 
 
 class Endpoint:
-    """A server with /chat/completions. Budgets go as thinking_token_budget, num_ignore, ...
+    """A server with /chat/completions, as a teacher whose questions are the keys of `asks`: each
+    has its own budget. Budgets go as thinking_token_budget, num_ignore, ...
 
     A server that ignores those fields would be graded for what it was not asked, so a reply that
     thought longer than its budget, or does not tell its waits, ends the run.
 
     Args:
-        tokenizer: counts thinking where the server does not; None if it always does.
+        tokenizer: counts thinking where the server does not; empty if it always does.
     """
 
-    def __init__(
-        self, model: str, url: str, how: How, pace: Pace, tokenizer: str, console: Any
-    ) -> None:
+    def __init__(self, model: str, url: str, how: How, tokenizer: str, asks: Sequence[Ask]) -> None:
         if how.accounting != "total":
             raise InputError("--accounting harness: no server takes it; leave --endpoint out")
-        self._model, self._url, self._how, self._pace = model, url, how, pace
-        self._count = _counter(tokenizer) if tokenizer else None
-        self._console = console
+        self._url, self._how = url, how
+        self._count = token_counter(tokenizer) if tokenizer else None
+        self._server = OpenAICompatible(model, url, Sampling())
+        self.identity = self._server.identity
+        self._asks = {ask.key: ask for ask in asks}
+        self._reached, self._lock = False, asyncio.Lock()
 
-    def answer(self, asks: Sequence[Ask], store: Store) -> Meter:
-        """Asks what the store does not hold; every reply is in it before the next is asked."""
-        asking = _Asking(self._model, self._url, asks, self)
-        tasks = [Task(key=ask.key, question=ask.key, extra=ask.record({})) for ask in asks]
-        return ask_all(asking, tasks, store, self._pace, self._console)
+    async def ask(self, question: str, system: str = "") -> Forced:
+        """One attempt at the ask of that key."""
+        async with self._lock:  # once, before anything is asked
+            if not self._reached:
+                await self._server.reach()
+                self._reached = True
+        ask = self._asks[question]
+        messages = [{"role": "user", "content": ask.prompt}]
+        return self._reply(ask, await self._server.complete(messages, **self._fields(ask)))
 
-    def fields(self, ask: Ask) -> dict[str, Any]:
+    async def aclose(self) -> None:
+        await self._server.aclose()
+
+    def _fields(self, ask: Ask) -> dict[str, Any]:
         """A request's fields beside its messages."""
         how, cell = self._how, ask.cell
         budget = cell.budget if cell.reject is None else cell.reject + 1
@@ -335,7 +329,7 @@ class Endpoint:
         fields |= {} if how.max_tokens is None else {"max_tokens": how.max_tokens}
         return {**fields, "extra_body": body}
 
-    def reply(self, ask: Ask, done: Any) -> Forced:
+    def _reply(self, ask: Ask, done: Any) -> Forced:
         """The reply, once it is clear that the budget was kept."""
         reply = openai_reply(done)
         told = ((done.usage and done.usage.model_extra) or {}).get("s1") or {}
@@ -353,7 +347,7 @@ class Endpoint:
         return forced
 
     def _check(self, ask: Ask, reply: Forced) -> None:
-        budget = self.fields(ask)["extra_body"].get("thinking_token_budget")
+        budget = self._fields(ask)["extra_body"].get("thinking_token_budget")
         if budget is not None and reply.thoughts_tokens is None:
             raise InputError(
                 f"{self._url}: does not count thinking tokens, so the budget of {budget} cannot be "
@@ -369,34 +363,3 @@ class Endpoint:
                 f"{self._url}: its replies have no usage.s1 that tells waits and forced ends, so "
                 "num_ignore and --reject-above cannot be checked; leave them out"
             )
-
-
-class _Asking:
-    """A teacher whose questions are the keys of requests: each has its own budget."""
-
-    def __init__(self, model: str, url: str, asks: Sequence[Ask], endpoint: Endpoint) -> None:
-        self._server = OpenAICompatible(model, url, Sampling())
-        self._asks = {ask.key: ask for ask in asks}
-        self._endpoint, self._reached, self._lock = endpoint, False, asyncio.Lock()
-        self.identity = self._server.identity
-
-    async def ask(self, question: str, system: str = "") -> Reply:
-        async with self._lock:  # once, before anything is asked
-            if not self._reached:
-                await self._server.reach()
-                self._reached = True
-        ask = self._asks[question]
-        messages = [{"role": "user", "content": ask.prompt}]
-        done = await self._server.complete(messages, **self._endpoint.fields(ask))
-        return self._endpoint.reply(ask, done)
-
-    async def aclose(self) -> None:
-        await self._server.aclose()
-
-
-def _counter(name: str) -> Callable[[str], int]:
-    from s1fast.chat import load_tokenizer
-
-    path = find(name)
-    tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -155,7 +155,20 @@ def compare(a: Path, b: Path, console: Console) -> list[dict[str, Any]]:
             "differ" if d.significant else "may be equal",
         )
     console.print(shown)
+    for name, ours, theirs in _asked_otherwise(a, b):
+        console.print(f"{name} is {ours} in A and {theirs} in B", highlight=False, soft_wrap=True)
     return found
+
+
+def _asked_otherwise(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
+    """What beside the models was not the same: an equal cell may then mean another thing."""
+    paths = [folder / "run.json" for folder in (a, b)]
+    if not all(path.exists() for path in paths):
+        return []
+    ours, theirs = (read_json_object(path) for path in paths)
+    own = ("model", "weights", "endpoint", "tasks", "cells")
+    names = [name for name in ours if name in theirs and name not in own]
+    return [(name, ours[name], theirs[name]) for name in names if ours[name] != theirs[name]]
 
 
 def _scores(folder: Path) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:

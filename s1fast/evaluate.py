@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from s1fast.answers import (
     Ask,
@@ -40,7 +39,9 @@ from s1fast.answers import (
 from s1fast.errors import InputError
 from s1fast.files import make_directory, read_json_object, write_atomic
 from s1fast.metrics import duration
-from s1fast.recipes.asking import Pace
+from s1fast.ranks import ALONE, Ranks, process_group
+from s1fast.recipes.asking import Pace, Status, Task, ask_all
+from s1fast.recipes.features import check_teacher
 from s1fast.recipes.store import Store, peek
 from s1fast.results import finish
 from s1fast.tasks import STYLES, Problem, fingerprint, load
@@ -131,6 +132,8 @@ def plan(config: EvaluateConfig) -> list[Cell]:
         limits = _listed("--reject-above", config.reject_above, {})
         return [Cell(style, None, reject=limit) for style in names for _, limit in limits]
     budgets = _listed("--budgets", config.budgets, {"auto": "auto", "none": None})
+    if config.endpoint and {("auto", "auto"), ("none", None)} <= set(budgets):
+        raise InputError("--budgets: to an endpoint auto and none are the same; leave out one")
     ignores = _listed("--num-ignores", config.num_ignores, {"none": None})
     return [
         Cell(style, budget, ignore)
@@ -156,44 +159,30 @@ def _listed(flag: str, text: str, words: dict[str, Any]) -> list[tuple[str, Any]
     return found
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that torchrun started."""
+def join_ranks() -> Ranks:
+    """This process among those that torchrun started; they talk over gloo, and only to wait."""
+    names = (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    world, local = (int(os.environ.get(name, default)) for name, default in names)
+    if world == 1:
+        return ALONE
+    import torch
 
-    rank: int = 0
-    world: int = 1
-    local: int = 0
+    choose_device(local, torch.cuda.device_count())
+    if not torch.distributed.is_initialized():
+        # A rank may wait for another's whole slice.
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    return process_group()
 
-    @staticmethod
-    def here() -> Ranks:
-        """Joins the others, where there are any; they talk over gloo, and only to wait."""
-        names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-        ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in names))
-        if ranks.world > 1:
-            import torch
 
-            ranks.choose_device(torch.cuda.device_count())
-            if not torch.distributed.is_initialized():
-                # A rank may wait for another's whole slice.
-                torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-        return ranks
-
-    def choose_device(self, count: int) -> None:
-        """Lets this process see its own GPU alone, whichever thread asks."""
-        if not count:
-            return
-        if self.local >= count:
-            raise InputError(f"torchrun: local rank {self.local}, but only {count} GPUs are there")
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(i) for i in range(count)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[self.local]
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.world > 1:
-            import torch
-
-            torch.distributed.barrier()
+def choose_device(local: int, count: int) -> None:
+    """Lets this process see its own GPU alone, whichever thread asks."""
+    if not count:
+        return
+    if local >= count:
+        raise InputError(f"torchrun: local rank {local}, but only {count} GPUs are there")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[local]
 
 
 def evaluate(model: str, config: EvaluateConfig, console: Console) -> Path:
@@ -208,23 +197,27 @@ def evaluate(model: str, config: EvaluateConfig, console: Console) -> Path:
             kept.
     """
     cells = plan(config)
+    config.how.params(config.samples, config.how.seed)
+    if config.grader:
+        check_teacher(config.grader, "--grader")
     specs = [spec.strip() for spec in config.tasks.split(",")]
     problems = [p for spec in specs for p in load(spec, config.rows)]
     names = [spec.partition("=")[0] for spec in specs]
     if len(set(names)) < len(names):
         raise InputError(f"--tasks: one stands there twice: {config.tasks}")
     identity = _identity(model, config, cells, problems)
-    ranks = Ranks.here()
+    if config.endpoint and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--endpoint: one process asks, all at a time: leave torchrun out")
+    ranks = join_ranks()
     if ranks.rank == 0:
         _prepare(config.output, identity)
-    ranks.wait()
+    ranks.exchange("")  # a barrier: now the folder is there
     _prepare(config.output, identity)
     mine = problems[ranks.rank :: ranks.world]
-    path = config.output / f"samples.{ranks.rank}.sqlite"
-    with Store(path, {"step": "evaluate", "run": _hash(identity)}) as store:
-        ranks.wait()  # until every rank's store can be read
+    with _store(config.output, ranks.rank, identity) as store:
+        ranks.exchange("")  # now every rank's store can be read
         _Run(model, config, cells, mine, store, ranks, console).answer()
-    ranks.wait()
+    ranks.exchange("")
     if ranks.rank == 0:
         records = [record for _, record in _stored(config.output)]
         return finish(config.output, identity, problems, cells, records, config, console)
@@ -254,27 +247,31 @@ def _identity(
     return json.loads(json.dumps(identity))
 
 
-def _hash(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def _store(folder: Path, rank: int, identity: dict[str, Any]) -> Store:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return Store(folder / f"samples.{rank}.sqlite", {"step": "evaluate", "run": digest})
 
 
 def _prepare(folder: Path, identity: dict[str, Any]) -> None:
-    """Makes the folder, or checks that it is this run's."""
+    """Makes the folder, or checks that it is this run's; one without samples is anybody's."""
     path = folder / "run.json"
-    if path.exists():
-        there = read_json_object(path)
-        names = [n for n in there | identity if there.get(n) != identity.get(n)]
-        if names:
-            listed = "; ".join(
-                f"{n} is {str(there.get(n))[:100]} there and {str(identity.get(n))[:100]} now"
-                for n in names
-            )
-            raise InputError(f"{folder}: holds another run: {listed}; choose another --output")
+    if not path.exists():
+        make_directory(folder)
+        if any(not entry.name.startswith(".run.json.") for entry in folder.iterdir()):  # a kill's
+            raise InputError(f"{folder}: holds other files; choose another --output")
+        write_atomic(path, json.dumps(identity, indent=1) + "\n")
         return
-    make_directory(folder)
-    if any(folder.iterdir()):
-        raise InputError(f"{folder}: holds other files; choose another --output")
-    write_atomic(path, json.dumps(identity, indent=1) + "\n")
+    there = read_json_object(path)
+    names = [n for n in there | identity if there.get(n) != identity.get(n)]
+    if names and next(_stored(folder), None) is None:
+        with _store(folder, 0, identity):  # its lock tells that no other run is under way
+            write_atomic(path, json.dumps(identity, indent=1) + "\n")
+    elif names:
+        listed = "; ".join(
+            f"{n} is {str(there.get(n))[:100]} there and {str(identity.get(n))[:100]} now"
+            for n in names
+        )
+        raise InputError(f"{folder}: holds another run: {listed}; choose another --output")
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, Record]]:
@@ -323,18 +320,26 @@ class _Run:
 
     def _reject(self, cell: Cell) -> None:
         """Draws again and again for every problem whose thinking was too long so far."""
-        if not self._config.endpoint:
+        if self._config.endpoint:
+            while asks := self._next_draws(cell):
+                self._ask(asks)
+        elif problems := [ask.problem for ask in self._next_draws(cell)]:
+            tries = self._config.max_tries
             with self._meter(None) as meter:
-                tries = self._config.max_tries
-                self._engine.draw(self._problems, cell, self._done, tries, self._finished(meter))
-            return
-        pending = list(self._problems)
-        for attempt in range(self._config.max_tries):
-            asks = [Ask(problem, cell, attempt) for problem in pending]
-            self._ask([ask for ask in asks if ask.key not in self._done])
-            pending = [a.problem for a in asks if not cell.accepts(self._done[a.key])]
-            if not pending:
-                return
+                self._engine.draw(problems, cell, self._done, tries, self._finished(meter))
+
+    def _next_draws(self, cell: Cell) -> list[Ask]:
+        """The first draw that is not there yet of each problem of which none was accepted."""
+        found = []
+        for problem in self._problems:
+            for attempt in range(self._config.max_tries):
+                ask = Ask(problem, cell, attempt)
+                if ask.key not in self._done:
+                    found.append(ask)
+                    break
+                if cell.accepts(self._done[ask.key]):
+                    break
+        return found
 
     def _ask(self, asks: Sequence[Ask]) -> None:
         if asks and self._config.endpoint:
@@ -345,18 +350,18 @@ class _Run:
 
     @cached_property
     def _engine(self) -> Local:
+        from s1fast.decoder import Engine
+
         config = self._config
-        return Local(
+        engine = Engine(
             self._model,
-            config.how,
-            self._cells,
-            samples=config.samples,
-            separate=config.separate,
             device=config.device,
             dtype=config.dtype,
             matmul=config.matmul,
             max_batch=config.max_batch,
         )
+        how, samples = config.how, config.samples
+        return Local(engine, how, self._cells, samples=samples, separate=config.separate)
 
     def _meter(self, todo: int | None) -> _Meter:
         price = self._config.dollars_per_hour * self._ranks.world
@@ -379,10 +384,9 @@ class _Run:
 
     def _ask_endpoint(self, asks: Sequence[Ask]) -> None:
         config = self._config
-        endpoint = Endpoint(
-            self._model, config.endpoint, config.how, config.pace, config.tokenizer, self._console
-        )
-        meter = endpoint.answer(asks, self._store)
+        endpoint = Endpoint(self._model, config.endpoint, config.how, config.tokenizer, asks)
+        tasks = [Task(key=ask.key, question=ask.key, extra=ask.record({})) for ask in asks]
+        meter = ask_all(endpoint, tasks, self._store, config.pace, self._console)
         self._done |= dict(self._store.records())
         if meter.failed:
             key, reason = next(iter(meter.failed.items()))
@@ -393,7 +397,7 @@ class _Run:
 
 
 class _Meter:
-    """Samples done, tokens a second, time and money to go: a bar, or a line every ten seconds.
+    """Samples done, tokens a second, time and money to go.
 
     Args:
         todo: samples to come; None where nobody knows, as with rejection sampling.
@@ -402,36 +406,24 @@ class _Meter:
     def __init__(self, engine: Local, todo: int | None, price: float, console: Console) -> None:
         self._engine, self._todo, self._price, self._console = engine, todo, price, console
         self._count, self._before = 0, engine.drawn
-        self._began = self._printed = time.monotonic()
-        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, console=console) if console.is_terminal else None
+        self._began = time.monotonic()
+        self._status = Status(console, todo)
 
     def __enter__(self) -> _Meter:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._todo)
+        self._status.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._count:
-            self._print(time.monotonic())
+        self._status.__exit__()
+        if self._count and not self._console.is_terminal:
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
 
     def advance(self) -> None:
         self._count += 1
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._count, description=self._line(now))
-        elif now - self._printed >= 10:
-            self._printed = now
-            self._print(now)
+        self._status.show(self._count, self._line())
 
-    def _print(self, now: float) -> None:
-        self._console.print(self._line(now), highlight=False, soft_wrap=True)
-
-    def _line(self, now: float) -> str:
-        elapsed = max(now - self._began, 1e-9)
+    def _line(self) -> str:
+        elapsed = max(time.monotonic() - self._began, 1e-9)
         drawn = self._engine.drawn - self._before
         line = f"{self._count} samples"
         if self._todo is not None:

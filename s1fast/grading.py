@@ -13,7 +13,8 @@ the last one counts. Then
 
 Grading runs in worker processes (`python -m s1fast.grading`, one JSON line each way). What a model
 writes can keep computer algebra busy for ever, or fill the memory, in code that no signal
-interrupts: a worker over its time limit is killed, and the answer is wrong.
+interrupts: a worker over its time limit is killed, and the answer is wrong. Where the run itself is
+killed, its workers end by themselves.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import queue
 import re
 import resource
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -101,21 +103,33 @@ def extract(answer: str) -> tuple[str, str]:
     return answer.strip()[-LONGEST:], "whole text"
 
 
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*(\{|(?<=\s)[^\s$]+)|\\.|[{}]", re.DOTALL)
+
+
 def boxed(text: str) -> str | None:
-    """The content of the last whole \\boxed{} or \\fbox{}; `\\boxed 5` counts, too."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?<=\s)[^\s$]+)", text))):
-        if match[1] != "{":
-            return match[1]
-        depth = 0
-        for i in range(match.start(1), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[match.end(1) : i].strip()
-    return None
+    """The content of the last whole \\boxed{} or \\fbox{}; `\\boxed 5` counts, too.
+
+    Of nested boxes that is the inner one. Braces after a backslash are written, not grouping.
+    """
+    found, last = None, -1
+    opened: list[int] = []  # where the content of a box begins; -1 for other braces
+    for match in _BRACES.finditer(text):
+        if match[1] and match[1] != "{":
+            found, last = match[1], match.start()
+        elif match[0].endswith("{") and match[0] != "\\{":
+            opened.append(match.end() if match[1] else -1)
+        elif match[0] == "}" and opened:
+            start = opened.pop()
+            if start > last:
+                found, last = text[start : match.start()].strip(), start
+    return found
 
 
 def _whole_number(text: str) -> int | None:
-    bare = re.sub(r"\\[!,;]|\\text\{\s*\}|[$\s,*]", "", text).rstrip(".")
+    """The number that a text is, thousands apart or not; None where it is anything else."""
+    bare = re.sub(r"\\text\{\s*\}|[$*]", "", text).strip().rstrip(".")
+    bare = re.sub(r"(?<=\d)(?:,|\\[!,;]|\{,\}|\s)+(?=\d{3}(?!\d))", "", bare)
+    bare = re.sub(r"^([+-])\s+", r"\1", bare)
     return int(bare) if re.fullmatch(r"[+-]?\d{1,1000}", bare) else None
 
 
@@ -125,7 +139,7 @@ def _whole_number(text: str) -> int | None:
 def _grade_letter(item: Item, text: str, rule: str) -> Grade:
     letter = _letter(text, item.choices)
     if letter is None:
-        why = f"{rule}: no letter of A, B, C, D, nor the text of one choice"
+        why = f"{rule}: no letter of a choice, nor the text of one"
         return Grade(correct=False, extracted=text[-500:], why=why, decided=False)
     right = letter == item.gold
     why = f"{rule}: {letter} {'==' if right else '!='} {item.gold}"
@@ -133,17 +147,23 @@ def _grade_letter(item: Item, text: str, rule: str) -> Grade:
 
 
 def _letter(text: str, choices: Sequence[str]) -> str | None:
+    """The letter chosen: the text's only one, its first, or the last that it calls the answer; or
+    that of the choice which it repeats. Without choices there may be up to eight."""
+    one = f"([A-{'ABCDEFGH'[len(choices) - 1]}])"
     bare = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\b", "", text).strip()
-    alone = re.fullmatch(r"\W*([A-Da-d])\W*", bare)
+    alone = re.fullmatch(rf"\W*{one}\W*", bare, re.IGNORECASE)
     if alone:
         return alone[1].upper()
-    leading = re.match(r"[\W_]*([A-D])(?:[\W_]*[).:,*]|\s*\n|\s*[-\u2013\u2014]\s)", bare)
+    follows = r"(?:[\W_]*[).:,*]|\s*\n|\s*[-\u2013\u2014]\s|\s+(?:because|since)\b)"
+    leading = re.match(rf"[\W_]*{one}{follows}", bare)
     if leading:
         return leading[1]
-    said = re.findall(r"(?i:answer|choice|option)(?:\s+is)?[\s:*({$]*([A-D])(?![\w'])", bare)
-    marked = re.findall(r"\(([A-D])\)|\*\*([A-D])\*\*|(?<!\w)([A-D])\)", bare)
+    named = r"(?i:answer|choice|option)(?i:\s+(?:is|must\s+be|should\s+be|therefore|thus))*"
+    praised = r"(?i:\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b)"
+    said = re.findall(rf"{named}[\s:*({{$]*{one}(?![\w'])|(?<![\w']){one}{praised}", bare)
+    marked = re.findall(rf"\({one}\)|\*\*{one}\*\*|(?<!\w){one}\)", bare)
     if said or marked:
-        return said[-1] if said else "".join(marked[-1])
+        return "".join((said or marked)[-1])
     same = [i for i, choice in enumerate(choices) if _folded(choice) == _folded(bare)]
     return "ABCD"[same[0]] if len(same) == 1 else None
 
@@ -281,7 +301,7 @@ class _Worker:
         process = self._process
         if process is None or process.poll() is not None:  # killed from outside, for its memory
             self.stop()
-            process = self._start()
+            process = self._start(limit_s)
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -294,11 +314,11 @@ class _Worker:
         self.stop()
         return None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self, limit_s: float) -> subprocess.Popen[bytes]:
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "s1fast.grading"],
+            [sys.executable, "-m", "s1fast.grading", str(2 * limit_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -324,20 +344,26 @@ def _line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
     return process.stdout.readline() if ready else b""
 
 
-def serve() -> None:
-    """The worker: grades what comes on stdin, line by line, until it ends."""
+def serve(limit_s: float) -> None:
+    """The worker: grades what comes on stdin, line by line, until it ends.
+
+    An answer that takes longer than limit_s ends the process, by the signal's default action:
+    nobody else may be left to do it.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever else prints does not mix with the replies
     grade(Item(kind="math", gold="1/2", answer="\\boxed{0.5}"))  # imports, and fills caches
     replies.write(b"ready\n")
     for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
         item = Item(**json.loads(line))
         reply = Grade(correct=False, why="computer algebra failed on it", decided=False)
         with contextlib.suppress(Exception):
             reply = grade(item)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps(asdict(reply)).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    serve()
+    serve(float(sys.argv[1]))

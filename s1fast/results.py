@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +23,7 @@ from s1fast.curves import measures, plot, table
 from s1fast.errors import InputError
 from s1fast.files import write_atomic
 from s1fast.grading import Grade, Graders, Item
-from s1fast.recipes.asking import ask_all
+from s1fast.recipes.asking import Meter, ask_all
 from s1fast.recipes.features import GRADING, grading_task, teacher_of, verdict
 from s1fast.recipes.store import Store
 from s1fast.scaling import Point, control, interval, majority, performance, powers, scaling
@@ -52,9 +53,9 @@ def finish(
     rows = _rows(problems, cells, records)
     by_id = {(p.task, p.id): p for p in problems}
     _grade(rows, by_id, config.grading_workers)
+    _refuse_long_draws(rows, cells)
     if config.grader:
         _ask_grader(rows, by_id, folder, config, console)
-    _refuse_long_draws(rows, cells)
     write_atomic(
         folder / "samples.jsonl",
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
@@ -131,7 +132,7 @@ def _ask_grader(
     console: Console,
 ) -> None:
     """Asks a language model about what the rules reject without digits or letters to decide it."""
-    doubtful = [row for row in rows if not row["correct"] and not row["decided"]]
+    doubtful = [row for row in rows if row["counted"] and not (row["correct"] or row["decided"])]
     teacher = teacher_of(config.grader, GRADING, "--grader")
     tasks = {}
     for row in doubtful:
@@ -141,8 +142,11 @@ def _ask_grader(
             gold = f"{gold}) {problem.choices['ABCD'.index(gold)]}"
         tasks[id(row)] = grading_task(problem.question, gold, row["answer"])
     unique = list({task.key: task for task in tasks.values()}.values())
+    spent = Meter(config.pace.input_price, config.pace.output_price)
+    for row in rows if config.endpoint else ():  # --max-dollars is for both together
+        spent.add(row)
     with Store(folder / "grader.sqlite", {"step": "grade", **teacher.identity}) as store:
-        meter = ask_all(teacher, unique, store, config.pace, console)
+        meter = ask_all(teacher, unique, store, config.pace, console, elsewhere=spent.dollars)
         console.print(f"grader: {meter.line(len(unique), config.pace.max_dollars)}")
         if meter.failed:
             reason = next(iter(meter.failed.values()))
@@ -200,7 +204,7 @@ def _cell(cell: Cell, rows: Sequence[Row]) -> dict[str, Any]:
         "cell": cell.label,
         "problems": len(groups),
         "samples": len(counted),
-        **_accuracy([_mean([row["correct"] for row in group]) for group in groups]),
+        **_accuracy([fmean([row["correct"] for row in group]) for group in groups]),
         "thinking_tokens": _spread([row["thoughts_tokens"] for row in counted]),
         "answer_tokens": _spread([row["answer_tokens"] for row in counted]),
         "forced_ends": _share(counted, "thinking_end", "length"),
@@ -209,7 +213,7 @@ def _cell(cell: Cell, rows: Sequence[Row]) -> dict[str, Any]:
         "undecided": sum(not row["correct"] and not row["decided"] for row in counted),
     }
     if cell.reject is not None:
-        found["tries"] = _mean([row["tries"] for row in counted])
+        found["tries"] = fmean([row["tries"] for row in counted])
     most = max(len(group) for group in groups)
     if most > 1:
         found["at_k"] = [_at(k, groups) for k in powers(most)]
@@ -240,17 +244,13 @@ def _at(k: int, groups: Sequence[Sequence[Row]]) -> dict[str, Any]:
 def _accuracy(scores: Sequence[float]) -> dict[str, Any]:
     """Percent, with the bootstrap's interval over the problems."""
     percents = [100.0 * score for score in scores]
-    return {"accuracy": _mean(percents), "interval95": list(interval(percents))}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values) / len(values))
+    return {"accuracy": fmean(percents), "interval95": list(interval(percents))}
 
 
 def _known_mean(values: Sequence[float | None]) -> float | None:
     """None where one is not known: a mean of the others would be of other samples."""
     known = [value for value in values if value is not None]
-    return _mean(known) if known and len(known) == len(values) else None
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def _spread(values: Sequence[int | None]) -> dict[str, float] | None:

@@ -13,7 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-FAULTS = ("429", "500", "slow", "truncated", "short-json", "hang-up")
+FAULTS = ("429", "500", "slow", "truncated", "short-json", "hang-up", "garbled")
 
 
 class FakeGemini(ThreadingHTTPServer):
@@ -54,7 +54,8 @@ def answer(question: str, thoughts: str) -> dict[str, Any]:
     length = 40 + digest % 60
     text = {"raw": "Then I check it." * (length // 4), "summary": "Checked.", "none": ""}[thoughts]
     parts = [{"text": text, "thought": True}] if text else []
-    parts.append({"text": f"It follows that Answer: {digest % 100}"})
+    half = "\ud83d" if question.startswith("Half") else ""  # a character that a limit cut in two
+    parts.append({"text": f"It follows that Answer: {digest % 100}{half}"})
     usage = {**counts, "thoughtsTokenCount": length, "candidatesTokenCount": 9}
     content = {"role": "model", "parts": parts}
     return {
@@ -100,6 +101,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._error(400, "INVALID_ARGUMENT", "API key not valid.")
         if "/models/known:" not in self.path:
             return self._error(404, "NOT_FOUND", "no such model")
+        if question.startswith("Down"):
+            return self._error(503, "UNAVAILABLE", f"overloaded, come back in {turn} s")
         if question.startswith("Too long"):
             return self._error(400, "INVALID_ARGUMENT", f"{len(question)} tokens are too many")
         first, second = hashlib.sha256(question.encode()).digest()[:2]
@@ -108,6 +111,8 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(server.delay_s)
         reply = answer(question, server.thoughts)
         if "systemInstruction" in body:
+            if "thinkingConfig" in body.get("generationConfig", {}):
+                return self._error(400, "INVALID_ARGUMENT", "this model does not think")
             role = body["systemInstruction"]["parts"][0]["text"]
             reply = judge(question, role)
         self._send(200, json.dumps(reply).encode())
@@ -133,8 +138,9 @@ class Handler(BaseHTTPRequestHandler):
             cut = raw[: len(raw) // 2]
             if fault == "hang-up":
                 cut = b""
-            promised = len(cut) if fault == "short-json" else len(raw)
-            self._send(200, cut, length=promised)
+            promised = len(cut) if fault in ("short-json", "garbled") else len(raw)
+            coding = {"Content-Encoding": "gzip"} if fault == "garbled" else {}
+            self._send(200, cut, coding, length=promised)
             self.close_connection = True
 
     def _error(self, code: int, status: str, text: str, headers: dict[str, str] = {}) -> None:  # noqa: B006

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import asyncio
 import io
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -14,24 +15,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
 
+import fake_gemini as fake
 from s1fast.errors import InputError
 from s1fast.recipes import store as store_module
-from s1fast.recipes.asking import Pace
+from s1fast.recipes.asking import Meter, Pace, Task, ask_all
 from s1fast.recipes.distill import DistillConfig, distill
 from s1fast.recipes.questions import question_hash, read_questions
-from s1fast.recipes.store import Store
+from s1fast.recipes.store import Store, peek
+from s1fast.recipes.teachers import Reply
 
 pytest.importorskip("google.genai", reason="no google-genai; unproven: distillation")
-_spec = importlib.util.spec_from_file_location("fake", Path(__file__).with_name("fake_gemini.py"))
-assert _spec is not None and _spec.loader is not None
-fake = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake)
-
 PRICES = {"input_price": 2.0, "output_price": 10.0}
 
 
@@ -197,12 +195,90 @@ def test_a_rejected_question_does_not_stop_the_others(serve: Any, tmp_path: Path
     assert {n for q, n in server.seen.items() if q.startswith("Too long")} == {2}  # once a run
 
 
-def test_five_alike_rejections_stop(serve: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "code", "asked"), [("Too long", 400, 5), ("Down", 503, 15)])
+def test_five_alike_failures_stop(
+    kind: str, code: int, asked: int, serve: Any, tmp_path: Path
+) -> None:
     server, source = serve(faults=False), tmp_path / "q.jsonl"
-    source.write_text("".join(json.dumps({"question": f"Too long {i}"}) + "\n" for i in range(40)))
-    with pytest.raises(InputError, match=r"first 5 questions failed alike.*HTTP 400.*--model"):
-        distill([source], tmp_path / "s.sqlite", config(server), quiet())
-    assert server.seen.total() == 5
+    source.write_text("".join(json.dumps({"question": f"{kind} {i}"}) + "\n" for i in range(40)))
+    naming = rf"first 5 questions failed alike.*HTTP {code}.*check the server, --model"
+    with pytest.raises(InputError, match=naming):
+        distill([source], tmp_path / "s.sqlite", config(server, pace={"attempts": 3}), quiet())
+    assert server.seen.total() == asked
+
+
+def test_half_a_character_is_stored(serve: Any, tmp_path: Path) -> None:
+    server, source = serve(faults=False), tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps({"question": f"Half {i}"}) + "\n" for i in range(8)))
+    target = distill([source], tmp_path / "s.sqlite", config(server), quiet())
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert len(rows) == 8 and set(server.paid.values()) == {1}
+    assert all(row["answer"].endswith("\ufffd") for row in rows if not row["refused"])
+
+
+def test_a_bug_loses_no_answer_under_way(tmp_path: Path) -> None:
+    """What no one foresaw ends the run once the other answers, which are billed, are stored."""
+
+    class Odd:
+        identity: ClassVar = {"teacher": "odd"}
+
+        async def ask(self, question: str, system: str = "") -> Reply:
+            await asyncio.sleep(0.05)
+            if question == "q3":
+                raise ZeroDivisionError("a bug")
+            await asyncio.sleep(0.2)
+            return Reply(answer="a")
+
+        async def aclose(self) -> None:
+            pass
+
+    tasks = [Task(key=str(i), question=f"q{i}") for i in range(40)]
+    with Store(tmp_path / "s.sqlite", {}) as store:
+        with pytest.raises(ZeroDivisionError):
+            ask_all(Odd(), tasks, store, Pace(concurrency=8), quiet())
+        assert [key for key, _ in store.records()] == ["0", "1", "2", "4", "5", "6", "7"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_waits_for_what_is_under_way(name: str, serve: Any, tmp_path: Path) -> None:
+    server = serve(delay_s=0.5, faults=False)
+    source, path = write_questions(tmp_path / "q.jsonl", 60), tmp_path / "s.sqlite"
+    command = [sys.executable, "-c", CHILD, str(source), str(path), server.url]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while server.active < 8 or len(server.paid) < 6:  # the first five are asked alone
+        assert child.poll() is None, "it ended by itself"
+        time.sleep(0.005)
+    child.send_signal(getattr(signal, name))
+    assert "interrupted; all answers are kept" in child.communicate(timeout=60)[1]
+    assert 6 <= len(stored(path)) == server.paid.total() == server.seen.total() < 60
+
+
+def test_other_questions_of_the_store_are_not_counted(serve: Any, tmp_path: Path) -> None:
+    server, console = serve(faults=False), quiet()
+    source, path = write_questions(tmp_path / "q.jsonl", 30), tmp_path / "s.sqlite"
+    distill([source], path, config(server), quiet())
+    prompt, output = billed(path)
+    distill([source], path, config(server, rows=6), console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"[56] of 6 answered", said) and server.paid.total() == 30
+    assert f"${(2.0 * prompt + 10.0 * output) / 1e6:.4f}" in said, "but what they cost is"
+
+
+def test_the_meter_tells_what_was_cut() -> None:
+    meter = Meter(None, None)
+    counts = {"prompt_tokens": 1, "thoughts_tokens": None, "answer_tokens": 2, "refused": ""}
+    for reason in ("STOP", "MAX_TOKENS", "length"):
+        meter.add({**counts, "finish_reason": reason})
+    assert meter.line(9, None) == "3 of 9 answered, 2 of them cut by the token limit; 9 tokens"
+
+
+@pytest.mark.parametrize("name", ["q.sqlite", "s.jsonl"])
+def test_no_result_replaces_what_it_is_made_of(name: str, serve: Any, tmp_path: Path) -> None:
+    source = write_questions(tmp_path / "q.jsonl", 6)
+    before = source.read_bytes()
+    with pytest.raises(InputError, match=r"\.jsonl: would be overwritten"):
+        distill([source], tmp_path / name, config(serve(faults=False)), quiet())
+    assert source.read_bytes() == before and list(tmp_path.iterdir()) == [source]
 
 
 def test_help_into_a_closed_pipe_and_a_bad_flag() -> None:
@@ -237,14 +313,17 @@ def test_hidden_thoughts_stop_after_five(thoughts: str, serve: Any, tmp_path: Pa
     assert thoughts in kinds and "raw" not in kinds and set(server.paid.values()) == {1}
 
 
-def test_the_money_ends_it(serve: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "unseen"), [(0.03, False), (0.006, True)])
+def test_the_money_ends_it(limit: float, unseen: bool, serve: Any, tmp_path: Path) -> None:
+    """An answer costs up to 0.001; sixteen sent at once, before one has come, would pass 0.006."""
     server = serve(faults=False, delay_s=0.01)
     source, path = write_questions(tmp_path / "q.jsonl", 100), tmp_path / "s.sqlite"
-    with pytest.raises(InputError, match=r"--max-dollars 0\.03"):
-        distill([source], path, config(server, pace={"max_dollars": 0.03}), quiet())
+    pace = {"max_dollars": limit}
+    with pytest.raises(InputError, match=rf"--max-dollars {limit}: reached"):
+        distill([source], path, config(server, pace=pace, accept_summaries=unseen), quiet())
     tokens = server.tokens
     assert tuple(tokens) == billed(path)
-    assert 0.025 < (2.0 * tokens[0] + 10.0 * tokens[1]) / 1e6 <= 0.03
+    assert limit - 0.003 < (2.0 * tokens[0] + 10.0 * tokens[1]) / 1e6 <= limit
     with pytest.raises(InputError, match="--output-price"):
         Pace(max_dollars=1.0)
 
@@ -287,7 +366,9 @@ def test_malformed_and_duplicate_rows_are_listed(serve: Any, tmp_path: Path) -> 
 
 def test_a_store_of_another_run_schema_or_process(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
-    with Store(path, {"model": "a"}) as store:
+    with Store(path, {"model": "misspelt"}):
+        pass
+    with Store(path, {"model": "a"}) as store:  # an empty one is anybody's
         store.put("k", {"x": 1})
         with pytest.raises(InputError, match="another run is writing"):
             Store(path, {"model": "a"})
@@ -297,6 +378,8 @@ def test_a_store_of_another_run_schema_or_process(tmp_path: Path) -> None:
         db.execute("UPDATE meta SET value='9' WHERE name='schema'")
     with pytest.raises(InputError, match="schema 9, expected 1"):
         Store(path, {"model": "a"})
+    sqlite3.connect(tmp_path / "torn.sqlite").execute("PRAGMA journal_mode=WAL").close()
+    assert peek(tmp_path / "torn.sqlite") == ({}, []), "killed before it had tables"
     path.write_text("no database at all " * 100)
     with pytest.raises(InputError, match=r"s\.sqlite: file is not a database"):
         Store(path, {"model": "a"})
@@ -322,3 +405,16 @@ def test_a_full_disk_loses_nothing(
     monkeypatch.setattr(store_module.Store, "_put", whole)
     distill([source], path, config(server), quiet())
     assert len(server.paid) == 60 and set(server.paid.values()) == {1}
+
+
+def test_a_question_is_given_up_between_attempts(serve: Any, tmp_path: Path) -> None:
+    """The time for a question ends its attempts, never an answer under way: it will be billed."""
+    server = serve(faults=False, delay_s=0.5)
+    source = write_questions(tmp_path / "q.jsonl", 4)
+    with source.open("a") as file:
+        file.write(json.dumps({"question": "Down"}) + "\n")
+    pace = {"question_seconds": 0.2, "attempts": 1000}
+    distill([source], tmp_path / "s.sqlite", config(server, pace=pace), quiet())
+    assert len(stored(tmp_path / "s.sqlite")) == server.paid.total() == 4
+    assert 1 < server.seen["Down"] < 100
+    assert "Down" not in server.paid and (tmp_path / "s.failed.txt").exists()

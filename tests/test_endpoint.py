@@ -198,6 +198,56 @@ def test_rejection_sampling_on_a_server(
     ] == [0, 100]
 
 
+def test_draws_that_do_not_count_are_not_graded_for_money(
+    serve: Callable[..., Server], go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In words, which only the grader understands: of each problem the one draw that counts."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-right")
+    server, grader = serve(), serve("grader")
+
+    def reply(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        code, done = Server.reply(server, {**body, "num_ignore": body["seed"] % 2})
+        first = int(re.findall(r"\d+", body["messages"][-1]["content"])[0])
+        text = f"Draw {'abc'[body['seed']]} says seven to {'uvwxyz'[first]}"
+        done["choices"][0]["message"]["content"] = text
+        return code, done
+
+    server.reply = reply  # type: ignore[method-assign]
+    how = {"temperature": 1.0, "seed": 1}  # the first draw thinks 50 tokens, the second 40
+    spec = f"openai:judge@{grader.url}"
+    rows = rows_of(go(server, reject_above="30,40", max_tries=2, how=how, grader=spec))
+    assert len(rows) == 2 * 12 and len(grader.bodies) == 6
+    assert {row["correct"] for row in rows if row["cell"] == "reject>30"} == {False}
+    assert sum(row["correct"] for row in rows) == 6
+
+
+def test_money_is_for_answers_and_grades_together(
+    serve: Callable[..., Server], go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-right")
+    server, grader = serve(), serve("grader")
+
+    def reply(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        code, done = Server.reply(server, body)
+        done["choices"][0]["message"]["content"] = f"{body['messages'][-1]['content']} Words."
+        return code, done
+
+    server.reply = reply  # type: ignore[method-assign]
+    prices = {"input_price": 1e6, "output_price": 0.0, "max_dollars": 57.0, "concurrency": 1}
+    spec = f"openai:judge@{grader.url}"  # answers cost 9 dollars each, grades 1
+    with pytest.raises(InputError, match=r"--max-dollars 57: reached"):
+        go(server, budgets="20", pace=prices, grader=spec)
+    assert len(server.bodies) == 6 and len(grader.bodies) == 3
+
+
+def test_one_process_asks(
+    serve: Callable[..., Server], go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--endpoint: one process asks"):
+        go(serve(), budgets="20")
+
+
 @pytest.mark.parametrize(
     ("mode", "values", "naming"),
     [
@@ -208,6 +258,7 @@ def test_rejection_sampling_on_a_server(
         ("rejects", {"budgets": "20"}, "failed alike: the server rejects .*thinking_token_budget"),
         ("ours", {"how": {"accounting": "harness"}}, "--accounting harness: no server takes it"),
         ("ours", {"no_thinking": True}, "--no-thinking: an endpoint decides itself"),
+        ("ours", {"budgets": "5,auto,none"}, "--budgets: to an endpoint auto and none are the"),
         ("flaky", {"pace": {"attempts": 1}}, r"samples failed, the first, gsm8k/\d/auto/0, .*busy"),
     ],
 )

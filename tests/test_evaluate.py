@@ -26,7 +26,7 @@ from s1fast import cli, results
 from s1fast import evaluate as evaluate_module
 from s1fast.answers import Cell, How
 from s1fast.errors import InputError
-from s1fast.evaluate import EvaluateConfig, Ranks, _Meter, evaluate, plan
+from s1fast.evaluate import EvaluateConfig, _Meter, choose_device, evaluate, plan
 from s1fast.grading import Graders
 from s1fast.tasks import STYLES
 
@@ -220,7 +220,20 @@ def test_what_was_finished_is_not_asked_again(run: Run, monkeypatch: pytest.Monk
         (folder / name).unlink()
     assert samples(run(**grid)) == whole
     monkeypatch.setattr(evaluate_module, "Local", None)
-    assert samples(run(**grid)) == whole
+    sqlite3.connect(folder / "samples.1.sqlite").execute("PRAGMA journal_mode=WAL").close()
+    assert samples(run(**grid)) == whole, "of another rank, killed before its store had tables"
+
+
+def test_killed_while_the_folder_is_made(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".run.json.x1.tmp").write_text("{")
+    assert len(samples(run(budgets="4"))) == 5
+
+
+def test_flags_are_mended_where_no_sample_is(run: Run) -> None:
+    with pytest.raises(InputError, match="max_tokens 40 cannot hold"):
+        run(budgets="50")
+    assert len(samples(run(budgets="4"))) == 5
 
 
 # -- baselines ----------------------------------------------------------------------------------
@@ -238,7 +251,7 @@ def test_class_conditional(run: Run, questions: Path) -> None:
     assert methods["class-conditional"]["runs"] == 2
 
 
-def test_rejection_sampling(run: Run) -> None:
+def test_rejection_sampling(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every problem is drawn until its thinking ends by itself within the limit, no further."""
     settings = {"reject_above": "4,10", "how": {**HOT, "max_tokens": 24}}
     folder = run(**settings, max_tries=60)
@@ -260,6 +273,8 @@ def test_rejection_sampling(run: Run) -> None:
     with sqlite3.connect(folder / "samples.0.sqlite") as db:
         db.execute("DELETE FROM records WHERE rowid > 4")
     assert samples(run(**settings, max_tries=60)) == rows, "resumed, the same draws"
+    monkeypatch.setattr(evaluate_module, "Local", None)
+    assert samples(run(**settings, max_tries=60)) == rows, "with all there, no model is loaded"
 
 
 def test_rejection_gives_up(run: Run) -> None:
@@ -331,15 +346,15 @@ def test_two_ranks_equal_one(run: Run, tiny: Path, questions: Path, tmp_path: Pa
 
 def test_every_rank_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    Ranks(1, 2, 1).choose_device(2)
+    choose_device(1, 2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    Ranks(1, 2, 1).choose_device(0)
+    choose_device(1, 0)
     assert "CUDA_VISIBLE_DEVICES" not in os.environ, "no GPU, nothing to choose"
-    Ranks(3, 8, 3).choose_device(8)
+    choose_device(3, 8)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     with pytest.raises(InputError, match="local rank 2, but only 2 GPUs"):
-        Ranks(2, 3, 2).choose_device(2)
+        choose_device(2, 2)
 
 
 # -- mistakes -----------------------------------------------------------------------------------
@@ -404,6 +419,9 @@ def test_a_folder_of_other_things_is_refused(run: Run, tmp_path: Path) -> None:
         ),
         ("--no-thinking --num-ignores 1", "--no-thinking: cannot go with"),
         ("--temperature -1", "temperature must be"),
+        ("--temperature nan", "temperature must be"),
+        ("--grader foo", "--grader 'foo': expected gemini:MODEL, openai:MODEL@URL or"),
+        ("--grader engine:./nowhere", "no such path"),
         ("--budgets 5000 --max-tokens 100", "max_tokens 100 cannot hold max_thinking_tokens 5000"),
         ("--max-batch 0", "--max-batch: must be at least 1"),
         ("--acounting total", "acounting"),

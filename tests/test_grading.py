@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from s1fast.grading import Grade, Graders, Item, boxed, extract, grade
+from s1fast.grading import Grade, Graders, Item, _Worker, boxed, extract, grade
 from s1fast.tasks import Problem, load
 
 pytest.importorskip("math_verify", reason="no math-verify; unproven: grading")
@@ -52,7 +54,17 @@ def test_extraction(answer: str, text: str, rule: str) -> None:
 def test_boxes_nest() -> None:
     assert boxed(r"\boxed{\{1\pm\sqrt{5},-2\}}") == r"\{1\pm\sqrt{5},-2\}"
     assert boxed(r"\boxed{\boxed{4}}") == "4"
+    assert boxed(r"\boxed{4} \fbox{\boxed{5} 6}") == "5", "the last that begins"
+    cases = r"f(x) = \left\{\begin{array}{l} 1 \\ 2 \end{array}\right."
+    assert boxed(rf"\boxed{{{cases}}}") == cases, "a written brace needs no second"
     assert boxed("no box") is None and boxed(r"\boxed{open") is None
+
+
+def test_a_loop_of_boxes_takes_no_time() -> None:
+    """A model repeats itself until it is cut. Where a worker gives up, the run itself extracts."""
+    began = time.monotonic()
+    assert boxed("\\boxed{" * 20_000 + "1") is None
+    assert time.monotonic() - began < 2
 
 
 MATH = [
@@ -73,6 +85,11 @@ MATH = [
     ("p - q", r"\boxed{q - p}", False),
     ("1,-2", r"\boxed{-2, 1}", True),
     ("1,-2", r"\boxed{-2}", False),
+    ("1,2", r"\boxed{2,1}", True),  # a list, not the number 12
+    ("12", r"\boxed{1,2}", False),
+    ("3,5,7", "Answer: 7, 5, 3", True),
+    ("58,500", r"\boxed{58500}", True),
+    ("11111", r"\boxed{11{,}111}", True),
     ("(3,4]", r"\boxed{(3,4]}", True),
     ("(3,4]", r"\boxed{(3,4)}", False),
     ("52_8", r"\boxed{52_{8}}", True),
@@ -105,6 +122,8 @@ def test_mathematics(gold: str, answer: str, right: bool) -> None:
         ("33", r"\boxed{34}", False),
         ("33", r"\boxed{-33}", False),
         ("33", r"\boxed{3 3 0}", False),
+        ("33", r"\boxed{3,3}", False),
+        ("330", r"\boxed{- 330}", False),
     ],
 )
 def test_whole_numbers(gold: str, answer: str, right: bool) -> None:
@@ -128,6 +147,10 @@ CHOICES = ("proton decay", "electron", "A neutron", "muon")
         ("The correct option is (C), since (A) fails.", "C"),
         ("Final Answer: electron.", "B"),
         ("A neutron", "C"),
+        ("Final Answer: C because muons decay", "C"),
+        ("Since A fails, B is correct.", "B"),
+        ("So the answer must be D.", "D"),
+        ("Answer: The answer is therefore B, since A is false", "B"),
         ("A proton is it", ""),
         ("none of them", ""),
         ("", ""),
@@ -246,6 +269,18 @@ def test_a_killed_worker_is_replaced() -> None:
         assert graders.grade([item])[0].correct
         process = worker._process
     assert process.poll() is not None, "a worker outlives its grader"
+
+
+def test_a_worker_outlives_nobody_for_long() -> None:
+    """Its run was killed while it was at what never ends: it ends itself."""
+    endless = Item(kind="math", gold="5", answer=r"\boxed{10^{10^{10^{10}}}}")
+    worker = _Worker()
+    process = worker._start(1.0)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(asdict(endless)).encode() + b"\n")
+    process.stdin.flush()
+    assert process.wait(timeout=20) == -signal.SIGALRM
+    worker.stop()
 
 
 @pytest.mark.parametrize("text", ["{" * 30, "9" * 5000, r"\frac" * 500, "\x00\ud800", "$" * 999])

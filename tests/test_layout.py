@@ -108,7 +108,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "request", "tasks"},
     "curves": {"errors", "files", "scaling"},
     "results": {"answers", "curves", "errors", "files", "grading", "recipes", "scaling", "tasks"},
-    "evaluate": {"answers", "errors", "files", "metrics", "recipes", "results", "tasks"},
+    "evaluate": {"answers", "decoder", "errors", "files", "metrics", "ranks", "recipes", "results"}
+    | {"tasks"},
     "protocol": {"budget", "chat", "errors", "request"},
     "refusals": {"chat", "errors", "protocol"},
     "replies": {"budget", "protocol", "request"},

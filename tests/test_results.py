@@ -133,6 +133,12 @@ def test_compare_pairs_problems(tmp_path: Path) -> None:
     assert found["mean"] == pytest.approx(3) and found["low"] > 0
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "+3.0" in text and "differ" in text
+    for name, tokens in (("A", 400), ("B", 900)):
+        asked = {"model": name, "max_tokens": tokens, "temperature": 0.0}
+        (tmp_path / name / "run.json").write_text(json.dumps(asked))
+    compare(tmp_path / "A", tmp_path / "B", console)
+    (told,) = [x for x in console.file.getvalue().splitlines() if " is " in x]  # type: ignore[attr-defined]
+    assert told == "max_tokens is 400 in A and 900 in B", "where an equal cell means another thing"
 
 
 def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:

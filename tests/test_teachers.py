@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from s1fast.recipes.teachers import (
     Reply,
     Sampling,
     Unavailable,
+    _fail,
     make_teacher,
 )
 
@@ -87,8 +89,13 @@ def test_thinking_apart_and_counted(ask: Ask) -> None:
         20,
         10,
     )
-    inline = ask(200, chat({"content": "<think>\nT\n</think>\n\nA"}))
-    assert (inline.thinking, inline.answer, inline.thoughts_tokens) == ("T", "A", None)
+    for text in ("<think>\nT\n</think>\n\nA", "T\n</think>\n\nA"):  # or the prompt opens it
+        inline = ask(200, chat({"content": text}))
+        assert (inline.thinking, inline.answer, inline.thoughts_tokens) == ("T", "A", None)
+    cut = ask(200, chat({"content": "<think>\nT"}, "length"))
+    assert (cut.thinking, cut.answer, cut.finish_reason) == ("T", "", "length")
+    half = ask(200, chat({"content": "A\ud83d", "reasoning": "\ud83d\ude00"}))
+    assert (half.thinking, half.answer) == ("\U0001f600", "A\ufffd")
     assert (inline.prompt_tokens, inline.answer_tokens) == (5, 30)
     assert ask(200, chat({"content": None}, "content_filter")).refused == "content_filter"
 
@@ -97,6 +104,16 @@ def test_errors(ask: Ask) -> None:
     with pytest.raises(Unavailable, match="HTTP 429") as limited:
         ask(429, {"error": {"message": "slow down"}})
     assert limited.value.retry_after_s == 7
+    for words in ("Please retry in 34.5s.", "Rate limit. Try again in 34.5s"):
+        told = _fail(429, words, "m", "key", {})
+        assert isinstance(told, Unavailable) and told.retry_after_s == 34.5
+    for body in ({"choices": [{"finish_reason": "error"}]}, {"choices": []}, {}, "busy", None):
+        with pytest.raises(Unavailable, match="no choice with a message"):
+            ask(200, body)
+    broke = ((402, "Insufficient Balance"), (429, "insufficient_quota: check your plan"))
+    for code, message in broke:
+        with pytest.raises(InputError, match="no credit left"):
+            ask(code, {"error": {"message": message, "code": message.split(":")[0]}})
     kinds = ((401, InputError, "key was refused"), (404, InputError, "unknown"))
     for code, kind, naming in (*kinds, (400, Rejected, "rejects"), (413, Rejected, "rejects")):
         with pytest.raises(kind, match=naming) as refused:
@@ -105,24 +122,25 @@ def test_errors(ask: Ask) -> None:
 
 
 def test_our_engine_answers_in_batches(make_model: Callable[..., Path]) -> None:
+    """Two together as each alone; what does not fit the context is cut by it, or rejected."""
     model = make_model("qwen2", hidden_size=16, intermediate_size=16, num_hidden_layers=1)
     teacher = OurEngine(str(model), Sampling(max_tokens=12), think=False)
-    sizes = []
-    answer = teacher._answer
-
-    def counted(prompts: list[list[dict[str, str]]]) -> list[Reply]:
-        sizes.append(len(prompts))
-        return answer(prompts)
-
-    teacher._answer = counted  # type: ignore[method-assign]
 
     async def both() -> list[Reply]:
         return await asyncio.gather(teacher.ask("2 + 2?"), teacher.ask("3 + 3?"))
 
     replies = asyncio.run(both())
-    assert sizes == [2] and all(0 < r.answer_tokens <= 12 for r in replies)
+    stats = teacher._engine.stats
+    assert all(0 < r.answer_tokens <= 12 for r in replies)
+    assert stats.drawn > stats.steps, "they shared steps"
     alone = asyncio.run(teacher.ask("2 + 2?"))
     assert alone == replies[0]
+    context = teacher._engine.context
+    teacher._params = dataclasses.replace(teacher._params, max_tokens=context)
+    whole = asyncio.run(teacher.ask("2 + 2?"))
+    assert whole.answer_tokens == context - whole.prompt_tokens or whole.finish_reason == "stop"
+    with pytest.raises(Rejected, match="context"):
+        asyncio.run(teacher.ask("2 + 2? " * context))
 
 
 @pytest.mark.parametrize("spec", ["gemini", "engine:", "oracle:m"])

@@ -177,9 +177,10 @@ class Variant:
 
 
 def variants(liger: bool) -> Iterator[Variant]:
+    """All without Liger come first: its kernels, once in transformers, stay there."""
     flags = (False, True)
-    for values in itertools.product(("sdpa", "varlen"), flags, flags, flags):
-        for with_liger in (False, True) if liger else (False,):
+    for with_liger in flags if liger else (False,):
+        for values in itertools.product(("sdpa", "varlen"), flags, flags, flags):
             yield Variant(*values, with_liger)
 
 

@@ -235,9 +235,8 @@ def _plan(arguments: list[str]) -> None:
     usage = "plan RECIPE.toml [--key value ...]"
     recipe = _positional(arguments, 1, usage)
     known = load_recipe(Path(recipe[0])) if recipe else TrainConfig()
-    fields = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
     prog = f"s1fast {usage.split(' [')[0]}"
-    plan(_parse(PlanConfig, arguments[len(recipe) :], prog, PlanConfig(**fields)))
+    plan(_parse(PlanConfig, arguments[len(recipe) :], prog, PlanConfig(**vars(known))))
 
 
 def _export(arguments: list[str]) -> None:

@@ -171,7 +171,11 @@ def check(config: TrainConfig) -> None:
         ("checkpoint.every", config.checkpoint.every >= 0, "must not be negative"),
         ("checkpoint.keep", config.checkpoint.keep >= 1, "must be at least 1"),
         ("log.every", config.log.every >= 1, "must be at least 1"),
-        ("log.dollars_per_hour", config.log.dollars_per_hour >= 0, "must not be negative"),
+        (
+            "log.dollars_per_hour",
+            0 <= config.log.dollars_per_hour < math.inf,
+            "must be a number from 0",
+        ),
     ]
     for name in ("model", "output", "data.path", "data.split"):  # the run's own recipe is UTF-8
         rules.append((name, _is_unicode(str(_value(config, name))), "must be valid Unicode"))

@@ -116,15 +116,24 @@ class RunLog:
     """Sinks of a run's records; a context manager that closes them."""
 
     def __init__(
-        self, folder: Path, console: Console, *, num_steps: int, start: int, every: int, board: bool
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        num_steps: int,
+        start: int,
+        every: int,
+        board: bool,
+        peak_tflops: float,
     ) -> None:
         self._console, self._num_steps, self._every = console, num_steps, every
+        self.start, self.peak_tflops = start, peak_tflops
         self._board = _tensorboard(folder / "tensorboard", start) if board else None
         self.path = folder / "metrics.jsonl"
         keep = [line for line in records(self.path) if line["step"] <= start]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in keep))
         self._stack = contextlib.ExitStack()
-        self._file = self._stack.enter_context(self.path.open("a"))
+        self._file = self._stack.enter_context(self.path.open("ab", buffering=0))
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
@@ -141,8 +150,10 @@ class RunLog:
 
     def write(self, record: StepRecord) -> None:
         values = asdict(record)
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values).encode() + b"\n")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
         if self._board is not None:
             for name, value in values.items():
                 if name != "step" and value is not None:

@@ -30,7 +30,7 @@ from s1fast.hub import find
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss
 from s1fast.model import Model, ModelConfig
 from s1fast.optimizer import learning_rate
-from s1fast.packing import label_counts
+from s1fast.packing import num_steps
 from s1fast.parallel import (
     Layout,
     gpus_per_node,
@@ -89,7 +89,6 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         else:
             load_weights(run.model, run.source)
     trainer = Trainer(config, run.model, run.examples, layout)
-    check_steps(config, trainer.num_steps)
     with ranks.together():
         if ranks.rank == 0:
             make_directory(config.output)
@@ -144,6 +143,8 @@ def _prepare(config: TrainConfig, layout: Layout) -> _Run:
             f"vocab_size is {model_config.vocab_size}"
         )
     examples, num_dropped = load_examples(config.data, chat, model_config.max_position_embeddings)
+    steps = num_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
+    check_steps(config, steps)
     dtype = _dtype(config)
     with torch.device("meta"):
         model = Model(model_config, compute_dtype=dtype)
@@ -169,9 +170,11 @@ def _prepare(config: TrainConfig, layout: Layout) -> _Run:
 
 
 def _code_sha256() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("**/*.py")):
-        digest.update(path.read_bytes())
+    """Of all that a step runs; kernels/ by name, for in a checkout it is a link."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for pattern in ("*.py", "kernels/*.py"):
+        for path in sorted(here.glob(pattern)):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -224,71 +227,79 @@ def _save_snapshot(
 
 
 def _loop(trainer: Trainer, start: int, console: Console) -> None:
-    c, ranks = trainer.config, trainer.layout.ranks
-    log, peak = None, 0.0
-    with ranks.together():
-        if ranks.rank == 0:
-            peak, source = peak_tflops(trainer.device, trainer.model.compute_dtype)
-            console.print(
-                "MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices / "
-                f"{peak:.3g} TFLOP/s ({source})",
-                highlight=False,
-                soft_wrap=True,
-            )
-            log = RunLog(
-                c.output,
-                console,
-                num_steps=trainer.num_steps,
-                start=start,
-                every=c.log.every,
-                board=c.log.tensorboard,
-            )
-    writer = None
-    if c.checkpoint.every:
-        writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep, ranks)
-    device, sharded = trainer.device, trainer.layout.mesh is not None
+    """Takes the steps that are left; a step is told when the next one has been launched."""
+    c, layout = trainer.config, trainer.layout
+    log = _open_log(trainer, start, console)
     with contextlib.ExitStack() as stack:
-        for context in (log, writer, exposed.collecting(device) if sharded else None):
-            stack.enter_context(context or contextlib.nullcontext())
-        profile = stack.enter_context(Profile(trainer.layout, c, start, console))
-        gauges = Gauges(trainer.layout)
-        pending: tuple[int, Readings] | None = None
-
-        def report() -> None:
-            """Reads the pending step's metrics: the loop's only wait for the device."""
-            if pending is None:
-                return
-            step, measured = pending[0], pending[1].wait()
-            loss, grad_norm = measured.loss, measured.grad_norm
-            if measured.bad_labels:
-                raise InputError(
-                    f"step {step + 1}: {measured.bad_labels} labels are outside the model's "
-                    "vocabulary; training stopped, the snapshots are from before; check the "
-                    "tokenizer"
-                )
-            if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-                raise InputError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped, "
-                    "the snapshots are from before; a lower optim.lr may help"
-                )
-            if log:
-                log.write(_record(trainer, step, measured, start, peak))
-
+        if log:
+            stack.enter_context(log)
+        writer = None
+        if c.checkpoint.every:
+            writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep, layout.ranks)
+            stack.enter_context(writer)
+        if layout.mesh is not None:
+            stack.enter_context(exposed.collecting(layout.device))
+        profile = stack.enter_context(Profile(layout, c, start, console))
+        gauges = Gauges(layout)
+        untold: tuple[int, Readings] | None = None
         for step in range(start, trainer.num_steps):
             with profile.step(step + 1):
                 gauges.begin()
                 readings = gauges.end(trainer.step(step))
-            report()
-            pending = (step, readings)
+            if untold:
+                _tell(trainer, log, *untold)
+            untold = (step, readings)
             done = step + 1
             if writer and (done % c.checkpoint.every == 0 or done == trainer.num_steps):
-                report()  # a snapshot of a diverged run is never written
-                pending = None
+                _tell(trainer, log, *untold)  # a snapshot of a diverged run is never written
+                untold = None
                 writer.save(done, trainer.slices(), trainer.facts)
-        report()
+        if untold:
+            _tell(trainer, log, *untold)
 
 
-def _record(trainer: Trainer, step: int, measured: Measured, start: int, peak: float) -> StepRecord:
+def _open_log(trainer: Trainer, start: int, console: Console) -> RunLog | None:
+    """The first rank's; None on the others."""
+    with trainer.layout.ranks.together():
+        if trainer.layout.rank > 0:
+            return None
+        peak, source = peak_tflops(trainer.layout.device, trainer.model.compute_dtype)
+        console.print(
+            "MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices / "
+            f"{peak:.3g} TFLOP/s ({source})",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return RunLog(
+            trainer.config.output,
+            console,
+            num_steps=trainer.num_steps,
+            start=start,
+            every=trainer.config.log.every,
+            board=trainer.config.log.tensorboard,
+            peak_tflops=peak,
+        )
+
+
+def _tell(trainer: Trainer, log: RunLog | None, step: int, readings: Readings) -> None:
+    """Waits until the step is done, the loop's only wait for the device, and logs it."""
+    measured = readings.wait()
+    loss, grad_norm = measured.loss, measured.grad_norm
+    if measured.bad_labels:
+        raise InputError(
+            f"step {step + 1}: {measured.bad_labels} labels are outside the model's vocabulary; "
+            "training stopped, the snapshots are from before; check the tokenizer"
+        )
+    if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+        raise InputError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped, "
+            "the snapshots are from before; a lower optim.lr may help"
+        )
+    if log:
+        log.write(_record(trainer, log, step, measured))
+
+
+def _record(trainer: Trainer, log: RunLog, step: int, measured: Measured) -> StepRecord:
     plan, world = trainer.plan(step), trainer.layout.world
     num_tokens, step_s, elapsed_s = sum(plan.seqlens), measured.step_s, measured.elapsed_s
     tflops = sum(plan.costs) / step_s / world / 1e12
@@ -300,15 +311,15 @@ def _record(trainer: Trainer, step: int, measured: Measured, start: int, peak: f
         grad_norm=measured.grad_norm,
         lr=learning_rate(step, trainer.num_steps, trainer.config.optim),
         tokens=num_tokens,
-        labels=plan.num_labels,
+        labels=sum(plan.labels),
         step_s=step_s,
         tokens_per_s=num_tokens / step_s / world,
         tflops=tflops,
-        mfu=tflops / peak,
+        mfu=tflops / log.peak_tflops,
         imbalance=imbalance(plan.passes, plan.costs),
         exposed_s=measured.exposed_s,
         peak_bytes=measured.peak_bytes,
-        eta_s=elapsed_s / (step + 1 - start) * (trainer.num_steps - step - 1),
+        eta_s=elapsed_s / (step + 1 - log.start) * (trainer.num_steps - step - 1),
         dollars=price * elapsed_s / 3600,
     )
 
@@ -379,8 +390,7 @@ def _resume(trainer: Trainer, console: Console) -> int:
 
 
 def _print_facts(trainer: Trainer, num_dropped: int, console: Console) -> None:
-    c, examples = trainer.config, trainer.examples
-    tokens = sum(len(example.ids) for example in examples)
+    c = trainer.config
     parameters = sum(p.numel() for p in trainer.model.parameters())
     layout = trainer.layout
     over = ""
@@ -390,8 +400,8 @@ def _print_facts(trainer: Trainer, num_dropped: int, console: Console) -> None:
     console.print(
         f"model  {c.model}, {parameters:,} parameters, {trainer.device} "
         f"{trainer.model.compute_dtype}, {trainer.attention} attention\n"
-        f"data   {len(examples):,} sequences, {tokens:,} tokens, "
-        f"{sum(label_counts(examples)):,} with loss{left_out}\n"
+        f"data   {len(trainer.seqlens):,} sequences, {sum(trainer.seqlens):,} tokens, "
+        f"{sum(trainer.labels):,} with loss{left_out}\n"
         f"run    {trainer.num_steps} steps of {c.batch_size}, {trainer.steps_per_epoch} an epoch"
         f"{over}",
         highlight=False,

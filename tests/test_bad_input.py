@@ -269,7 +269,8 @@ BAD_VALUES = (
     "microbatch_tokens=0 data.max_length=1 data.preview=-1 optim.lr=-1e-5 optim.lr=nan "
     "optim.betas=1.0,0.9 optim.betas=0.9,-0.1 optim.betas=nan,0.9 optim.eps=0 "
     "optim.weight_decay=inf optim.warmup_ratio=1.5 optim.clip_norm=0 checkpoint.every=-1 "
-    "checkpoint.keep=0 log.every=0 log.dollars_per_hour=-2 profile=12:10 output=\udcff"
+    "checkpoint.keep=0 log.every=0 log.dollars_per_hour=-2 log.dollars_per_hour=inf "
+    "profile=12:10 output=\udcff"
 )
 
 

@@ -116,6 +116,13 @@ def test_every_variant_is_listed_with_its_time_or_its_reason() -> None:
     assert "ours over the best of theirs" in lines[-1]
 
 
+def test_ligers_kernels_reach_only_their_own_variants() -> None:
+    """They are put into transformers' classes and stay there, so whoever has them comes last."""
+    with_liger = [variant.liger for variant in single_gpu_sft.variants(liger=True)]
+    assert with_liger == [False] * 16 + [True] * 16
+    assert not any(variant.liger for variant in single_gpu_sft.variants(liger=False))
+
+
 def test_peers_can_be_chosen() -> None:
     problem = make(True, CPU, "1.5B", "full")
     assert (problem.config.recompute, problem.model.num_attention_heads) == ("full", 4)

@@ -36,7 +36,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "snapshot_writer": {"errors", "files", "ranks", "slices", "snapshot", "tensor_files"},
     "automaton": {"errors", "kernels"},
     "budget": {"automaton", "chat", "errors"},
-    "balance": set(),
     "build": {"errors", "files"},
     "matmul": {"build", "errors", "kernels"},
     "packing": {"chat"},
@@ -53,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "selftest": {"parallel", "rates"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
+    "balance": {"config", "metrics", "model", "packing"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
     "planner": {"balance", "config", "metrics", "model", "packing", "parallel", "rates"}
     | {"recompute"},

@@ -170,6 +170,7 @@ def test_measured_rates_replace_assumed_ones(tmp_path: Path) -> None:
         "a.json": result("NVIDIA H100 80GB HBM3", 2950.0, "2026-01-02"),
         "void.json": result("NVIDIA H100 80GB HBM3", 100.0, "2026-01-03", void=True),
         "other.json": result("NVIDIA H200", 4100.0, "2026-01-04"),
+        "pcie.json": result("NVIDIA H100 PCIe", 1800.0, "2026-01-07"),
         "cpu.json": {"environment": {"device": "CPU", "timestamp": "2026-01-05"}},
     }
     for name, content in files.items():

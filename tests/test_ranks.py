@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rank_threads import all_ranks, on_ranks
+from s1fast import trainer
 from s1fast.errors import InputError
 from s1fast.parallel import own_part
 from s1fast.ranks import ALONE, Ranks, process_group
@@ -96,3 +97,19 @@ def test_every_life_has_its_own_part_of_a_store() -> None:
             return ",".join(part.get(f"address/{rank}").decode() for rank in range(3))
 
         assert all_ranks(3, meet) == [",".join(3 * [str(life)])] * 3
+
+
+def test_ranks_with_other_kernels_have_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout s1fast/kernels is a link, which a search from above does not follow."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "s1fast").mkdir()
+    (tmp_path / "s1fast" / "kernels").symlink_to("../kernels")
+    kernel = tmp_path / "kernels" / "rope.py"
+    monkeypatch.setattr(trainer, "__file__", str(tmp_path / "s1fast" / "trainer.py"))
+    found = set()
+    for text in ("a = 1", "a = 2"):
+        kernel.write_text(text)
+        found.add(trainer._code_sha256())
+    assert len(found) == 2

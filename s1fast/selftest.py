@@ -158,21 +158,16 @@ def _all_to_all_gb_s(layout: Layout, num_bytes: int) -> float:
     size = layout.group.size
     sent = _bytes(layout, num_bytes // size * size)
     received = torch.empty_like(sent)
-
-    def call() -> None:
-        dist.all_to_all_single(received, sent, group=group)
-
-    return len(sent) * (size - 1) / size / _best_s(layout.device, call) / 1e9
+    best_s = _best_s(layout.device, lambda: dist.all_to_all_single(received, sent, group=group))
+    return len(sent) * (size - 1) / size / best_s / 1e9
 
 
 def _all_gather_gb_s(layout: Layout, num_bytes: int) -> float:
     part = _bytes(layout, num_bytes // layout.world)
     whole = torch.empty(layout.world * len(part), dtype=part.dtype, device=layout.device)
-
-    def call() -> None:
-        dist.all_gather_into_tensor(whole, part)
-
-    return len(part) * (layout.world - 1) / _best_s(layout.device, call) / 1e9
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # from torch 2.13 on
+    best_s = _best_s(layout.device, lambda: gather(whole, part))
+    return len(part) * (layout.world - 1) / best_s / 1e9
 
 
 def _bytes(layout: Layout, count: int) -> Tensor:

@@ -63,7 +63,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     console = console or Console(quiet=layout.rank > 0)
     try:
         result = _train(config, layout, console)
-    except InputError:  # known to all ranks; after another error some may not answer any more
+    except InputError:
+        # Known to all ranks, or the first's of its log, after a step that all have launched. After
+        # another error some may not answer any more.
         leave()
         raise
     leave()
@@ -145,7 +147,7 @@ def _prepare(config: TrainConfig, layout: Layout) -> _Run:
     examples, num_dropped = load_examples(config.data, chat, model_config.max_position_embeddings)
     steps = num_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
     check_steps(config, steps)
-    dtype = _dtype(config)
+    dtype = _dtype(config, layout.device)
     with torch.device("meta"):
         model = Model(model_config, compute_dtype=dtype)
     if not config.data.preview:
@@ -339,10 +341,10 @@ def _device(config: TrainConfig) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _dtype(config: TrainConfig) -> torch.dtype:
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if _device(config).type == "cuda" else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _check_output(config: TrainConfig) -> None:

@@ -101,6 +101,7 @@ def setup(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     assert done.stdout.count("step 12/12") == 1, "one rank prints, the other does not"
     assert "over 2 ranks: streams 1 x 2" in done.stdout
     assert " exposed " in done.stdout
+    assert "deprecated" not in done.stderr
     return Setup(recipe, doomed, folder / "whole")
 
 

@@ -34,7 +34,7 @@ from s1fast.metrics import peak_tflops, train_flops
 from s1fast.model import Model, ModelConfig
 from s1fast.packing import step_indices
 from s1fast.parallel import join, leave, shard_model
-from s1fast.plan import memory
+from s1fast.plan import PROMPT_TOKENS, memory
 from s1fast.planner import Machine, Sequences, estimate
 from s1fast.published import qwen, sequence_lengths
 from s1fast.rates import find_rates, gpu_kind
@@ -44,7 +44,6 @@ Recompute = Literal["auto", "none", "full"]
 SIZES = ("0.5B", "1.5B", "3B", "7B")
 WARM_UP, MEASURED = 2, 3
 """Steps; every variant takes the same ones."""
-PROMPT_TOKENS = 150
 
 
 @dataclass(frozen=True)

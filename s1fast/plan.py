@@ -237,8 +237,10 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     """The plan of `train --dry-run`: on the GPUs that the command would have used.
 
     Those of torchrun's ranks, or the one that a bare command takes; where there is none, on the
-    machine that `plan` assumes.
+    machine that `plan` assumes. Of several ranks the first alone speaks.
     """
+    if int(os.environ.get("RANK", 0)):
+        return
     machine: dict[str, Any] = {}
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()

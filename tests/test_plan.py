@@ -335,7 +335,10 @@ def test_real_data_are_tokenised(
     assert len(found.lengths) == 1 and 0 < found.labels[0] < found.lengths[0]
 
 
-def test_dry_run_prints_the_plan(tracked: dict[str, float]) -> None:
+def test_dry_run_prints_the_plan(
+    tracked: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, however many ranks there are."""
     recipe = TrainConfig(
         model=QWEN,
         data=S1.data,
@@ -347,6 +350,9 @@ def test_dry_run_prints_the_plan(tracked: dict[str, float]) -> None:
     dry_run(recipe, Console(file=out, width=200))
     assert "plan       2 x 8 H100: " in out.getvalue()
     assert "1.5 $ a GPU-hour, assumed: log.dollars_per_hour" in out.getvalue()
+    monkeypatch.setenv("RANK", "1")
+    dry_run(recipe, Console(file=(silent := io.StringIO())))
+    assert not silent.getvalue()
 
 
 def test_the_outlook_is_the_plans_last_line() -> None:

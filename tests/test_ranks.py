@@ -1,20 +1,18 @@
-"""What one rank finds out all know; the texts go over gloo as they are."""
+"""What one rank finds out all know. That texts go over gloo as they are is in rank_checks.py."""
 
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rank_threads import all_ranks, on_ranks
 from s1fast import trainer
 from s1fast.errors import InputError
 from s1fast.parallel import own_part
-from s1fast.ranks import ALONE, Ranks, process_group
+from s1fast.ranks import ALONE, Ranks
 
 
 def test_one_rank_alone() -> None:
@@ -57,27 +55,6 @@ def test_a_block_fails_on_all_ranks_or_none() -> None:
     assert isinstance(bug, ZeroDivisionError)
     assert isinstance(first, InputError) and str(first) == "rank 1: ZeroDivisionError: bug"
     assert str(last) == str(first)
-
-
-def _talk(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(folder / "store"), world),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    ranks = process_group()
-    assert (ranks.rank, ranks.world) == (rank, world)
-    for text in ("", "0", "é ", "\n"):
-        assert ranks.exchange(text * rank) == [text * other for other in range(world)]
-        assert ranks.exchange(text * (world - rank)) == [text * (world - r) for r in range(world)]
-    dist.destroy_process_group()
-
-
-def test_texts_go_over_gloo(tmp_path: Path) -> None:
-    """Of different lengths, empty, with trailing blanks and more than a byte a character."""
-    mp.spawn(_talk, (2, tmp_path), nprocs=2)
 
 
 def test_every_life_has_its_own_part_of_a_store() -> None:

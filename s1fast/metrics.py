@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -103,6 +104,11 @@ class StepRecord:
         )
 
 
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Prints a text as it is: brackets are no markup, lines are not broken."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 def duration(seconds: float) -> str:
     """1h02m, 3m07s or 12s."""
     whole = int(seconds + 0.5)
@@ -162,7 +168,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.update(self._task, completed=record.step, description=line)
         elif record.step % self._every == 0 or record.step == self._num_steps:
-            self._console.print(line, highlight=False, soft_wrap=True)
+            say(self._console, line)
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
@@ -202,4 +208,11 @@ def plot_loss(metrics: Path, target: Path) -> None:
     rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linestyle=":", label="lr")
     rate.set(ylabel="learning rate")
     figure.legend(loc="outside upper right", ncols=2)
-    figure.savefig(target, dpi=120)
+    save_figure(figure, target)
+
+
+def save_figure(figure: Any, target: Path) -> None:
+    """Writes a matplotlib figure as a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_atomic(target, buffer.getvalue())

@@ -18,6 +18,7 @@ from s1fast.errors import InputError
 from s1fast.fake_ranks import peak
 from s1fast.files import make_directory, read_bytes
 from s1fast.kernels.linear_cross_entropy import CHUNK_BYTES
+from s1fast.metrics import say
 from s1fast.model import ModelConfig
 from s1fast.planner import Estimate, Machine, Sequences, estimate, free_bytes, state_bytes
 from s1fast.rates import DEVICE_BYTES, GPU, Rates, find_rates, gpu_kind
@@ -79,11 +80,11 @@ def plan(config: PlanConfig, console: Console | None = None) -> Estimate:
         *plan_report.layout_table(everywhere),
         f"plan       {plan_report.headline(one)}",
     ]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     if config.png is not None:
         make_directory(config.png.parent)
         plan_report.plot(everywhere, config.png)
-        console.print(f"picture    {config.png}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"picture    {config.png}")
     _refuse(config, one, sum(parts.values()), everywhere)
     return one
 

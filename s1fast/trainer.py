@@ -27,7 +27,7 @@ from s1fast.errors import InputError
 from s1fast.files import make_directory, remove_leftovers, write_atomic
 from s1fast.gauges import Gauges, Measured, Readings
 from s1fast.hub import find
-from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss
+from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, say
 from s1fast.model import Model, ModelConfig
 from s1fast.optimizer import learning_rate
 from s1fast.packing import num_steps
@@ -67,6 +67,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         # Known to all ranks, or the first's of its log, after a step that all have launched. After
         # another error some may not answer any more.
         leave()
+        raise
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            "s1fast plan tells what a recipe takes; less: a smaller microbatch_tokens or "
+            'activation_gb, recompute = "full", optim.moments = "bfloat16"'
+        )
         raise
     leave()
     return result
@@ -108,18 +114,17 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
     with ranks.together():
         if ranks.rank == 0:
             plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
-    facts = f"model  {target}\nplot   {config.output / 'loss.png'}"
-    console.print(facts, highlight=False, markup=False, soft_wrap=True)
+    say(console, f"model  {target}\nplot   {config.output / 'loss.png'}")
     return target
 
 
 def _print_readings(readings: Sequence[selftest.Reading], layout: Layout, console: Console) -> None:
-    console.print(selftest.line(readings), highlight=False, soft_wrap=True)
+    say(console, selftest.line(readings))
     if layout.device.type == "cuda":
         name = torch.cuda.get_device_name(layout.device)
         nodes = layout.world // gpus_per_node(layout)
         for warning in selftest.warnings(readings, name, nodes):
-            console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+            say(console, f"warning: {warning}", "yellow")
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ def export(run: Path, target: Path) -> Path:
     if saved is None:
         raise InputError(f"{run}: no whole snapshot there{''.join(f'; {w}' for w in warnings[:1])}")
     for warning in warnings:
-        Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
+        say(Console(stderr=True), f"warning: {warning}")
     source = find(config.model)
     _save_snapshot(saved, read_config(source), source, target, config)
     return target
@@ -266,12 +271,8 @@ def _open_log(trainer: Trainer, start: int, console: Console) -> RunLog | None:
         if trainer.layout.rank > 0:
             return None
         peak, source = peak_tflops(trainer.layout.device, trainer.model.compute_dtype)
-        console.print(
-            "MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices / "
-            f"{peak:.3g} TFLOP/s ({source})",
-            highlight=False,
-            soft_wrap=True,
-        )
+        formula = "(6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices"
+        say(console, f"MFU = {formula} / {peak:.3g} TFLOP/s ({source})")
         return RunLog(
             trainer.config.output,
             console,
@@ -376,7 +377,7 @@ def _resume(trainer: Trainer, console: Console) -> int:
         return 0
     saved, warnings = snapshot.newest(config.output / "snapshots", repair=True, ranks=ranks)
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        say(console, f"warning: {warning}", "yellow")
     if saved is None:
         return 0
     for name, value in trainer.facts.items():
@@ -387,7 +388,7 @@ def _resume(trainer: Trainer, console: Console) -> int:
             )
     with ranks.together():
         trainer.restore(saved)
-    console.print(f"resuming after step {saved.step}", highlight=False)
+    say(console, f"resuming after step {saved.step}")
     return saved.step
 
 
@@ -399,16 +400,14 @@ def _print_facts(trainer: Trainer, num_dropped: int, console: Console) -> None:
     if layout.world > 1:
         over = f", over {layout.world} ranks: streams {layout.num_groups} x {layout.ulysses}"
     left_out = f", {num_dropped} left out as too long" if num_dropped else ""
-    console.print(
+    say(
+        console,
         f"model  {c.model}, {parameters:,} parameters, {trainer.device} "
         f"{trainer.model.compute_dtype}, {trainer.attention} attention\n"
         f"data   {len(trainer.seqlens):,} sequences, {sum(trainer.seqlens):,} tokens, "
         f"{sum(trainer.labels):,} with loss{left_out}\n"
         f"run    {trainer.num_steps} steps of {c.batch_size}, {trainer.steps_per_epoch} an epoch"
         f"{over}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
 
 

@@ -56,15 +56,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
     "planner": {"balance", "config", "metrics", "model", "packing", "parallel", "rates"}
     | {"recompute"},
-    "plan_report": {"files", "metrics", "planner", "rates"},
+    "plan_report": {"metrics", "planner", "rates"},
     "plan": {"chat", "checkpoint", "config", "errors", "fake_ranks", "files", "kernels"}
-    | {"model", "packing"}
+    | {"metrics", "model", "packing"}
     | {"plan_report", "planner", "published", "rates", "recompute", "rows"},
     "kv_cache": {"kernels", "model"},
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
     | {"packing", "parallel", "recompute", "slices", "snapshot", "ulysses"},
     "gauges": {"exposed", "parallel", "step"},
-    "profile": {"config", "errors", "files", "parallel"},
+    "profile": {"config", "errors", "files", "metrics", "parallel"},
     "trainer": {"balance", "chat", "checkpoint", "config", "errors", "exposed", "files", "gauges"}
     | {"hub", "metrics", "model", "optimizer", "packing", "parallel", "profile", "ranks", "rows"}
     | {"selftest", "slices", "snapshot", "snapshot_writer", "step"},

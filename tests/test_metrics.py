@@ -375,3 +375,16 @@ def test_tensorboard_can_be_left_out(
         loud, log=LogConfig(tensorboard=False), checkpoint=CheckpointConfig(every=0, resume=True)
     )
     assert (train(again, Console(file=out)) / "config.json").exists()
+
+
+def test_running_out_of_memory_names_the_remedies(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, step: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("s1fast.step.Trainer.step", full)
+    quiet = replace(config, output=tmp_path / "run", log=LogConfig(tensorboard=False))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(quiet, Console(file=io.StringIO()))
+    assert "a smaller microbatch_tokens" in caught.value.__notes__[0]

@@ -41,7 +41,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": {"chat"},
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels", "slices"},
-    "recompute": {"kernels", "model"},
     "exposed": set(),
     "heartbeat": set(),
     "ulysses": {"exposed", "kernels"},
@@ -52,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "selftest": {"parallel", "rates"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
+    "recompute": {"kernels", "metrics", "model"},
     "balance": {"config", "metrics", "model", "packing"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
     "planner": {"balance", "config", "metrics", "model", "packing", "parallel", "rates"}
@@ -312,6 +312,7 @@ def test_wheel(tmp_path: Path) -> None:
         installed = tmp_path / "installed" / name
         assert installed.read_bytes() == path.read_bytes(), f"{name} is not in the wheel"
     assert {"s1fast/py.typed", "s1fast/page/index.html", "s1fast/page/page.js"} <= names
+    assert {f"s1fast/{relative(path)}" for path in ROOT.glob("bench/results/*.json")} <= names
     code = "import s1fast, s1fast.kernels.rope as r; print(s1fast.__file__, r.__file__)"
     found = python(code, cwd=tmp_path, path=tmp_path / "installed").split()
     assert all(Path(file).is_relative_to(tmp_path / "installed") for file in found)

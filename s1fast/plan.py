@@ -65,6 +65,8 @@ def plan(config: PlanConfig, console: Console | None = None) -> Estimate:
     for name in ("nodes", "gpus_per_node"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}: must be at least 1, got {getattr(config, name)}")
+    if config.dtype == "float32":
+        raise InputError("dtype: only bfloat16 can be planned; float32 is many times slower")
     if config.results != RESULTS and not config.results.is_dir():
         raise InputError(f"results: {config.results} is no folder")
     model = find_model(config.model)

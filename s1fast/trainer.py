@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.text import Text
@@ -293,7 +293,7 @@ def _tell(trainer: Trainer, log: RunLog | None, step: int, readings: Readings) -
             f"step {step + 1}: {measured.bad_labels} labels are outside the model's vocabulary; "
             "training stopped, the snapshots are from before; check the tokenizer"
         )
-    if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise InputError(
             f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped, "
             "the snapshots are from before; a lower optim.lr may help"

@@ -299,6 +299,7 @@ def test_what_does_not_fit_is_refused_with_the_remedy(tracked: dict[str, float])
         ({"gpus_per_node": -1}, "gpus_per_node: must be at least 1"),
         ({"batch_size": 0}, "batch_size: must be at least 1"),
         ({"lengths": Path("/nowhere/lengths")}, "/nowhere/lengths"),
+        ({"dtype": "float32"}, "dtype: only bfloat16 can be planned"),
         ({"results": Path("/nowhere")}, "results: /nowhere is no folder"),
         (
             {"data": DataConfig(path="simplescaling/s1K", max_length=4096)},

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -595,6 +596,17 @@ def test_config_is_its_own_recipe(
     path = tmp_path_factory.getbasetemp() / "recipe.toml"
     path.write_bytes(to_toml(config).encode())
     assert load_recipe(path) == config
+
+
+def test_memory_grows_unless_told_otherwise(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reads it when it first takes memory of a GPU; what the user has set stays."""
+    found = []
+    name = "PYTORCH_ALLOC_CONF"
+    monkeypatch.setattr("s1fast.trainer.train", lambda config: found.append(os.environ.get(name)))
+    for environment in ({}, {name: "mine"}, {"PYTORCH_CUDA_ALLOC_CONF": "mine"}):
+        with patch.dict(os.environ, environment):
+            cli._train([str(work / "recipe.toml")])
+    assert found == ["expandable_segments:True", "mine", None]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)

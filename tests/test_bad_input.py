@@ -602,6 +602,7 @@ def test_memory_grows_unless_told_otherwise(work: Path, monkeypatch: pytest.Monk
     """torch reads it when it first takes memory of a GPU; what the user has set stays."""
     found = []
     name = "PYTORCH_ALLOC_CONF"
+    monkeypatch.delenv(name, raising=False)  # another test's
     monkeypatch.setattr("s1fast.trainer.train", lambda config: found.append(os.environ.get(name)))
     for environment in ({}, {name: "mine"}, {"PYTORCH_CUDA_ALLOC_CONF": "mine"}):
         with patch.dict(os.environ, environment):

@@ -201,10 +201,16 @@ def export(run: Path, target: Path) -> Path:
     return target
 
 
+def _exported(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether the trained model is there, which is the last thing that a run writes, as rank 0 sees
+    it."""
+    return ranks.exchange(str((config.output / "hf").exists()))[0] == "True"
+
+
 def _save_trained(trainer: Trainer, source: Path, target: Path) -> None:
     """Writes the trained model: its last snapshot, or what is in memory where none is kept."""
     c, ranks = trainer.config, trainer.layout.ranks
-    if ranks.exchange(str(target.exists()))[0] == "True":
+    if _exported(c, ranks):
         return
     if not c.checkpoint.every:
         save_model(trainer.model, source, target, getattr(torch, c.checkpoint.export_dtype))
@@ -379,7 +385,7 @@ def _resume(trainer: Trainer, console: Console) -> int:
     for warning in warnings:
         say(console, f"warning: {warning}", "yellow")
     if saved is None:
-        return 0
+        return trainer.num_steps if _exported(config, ranks) else 0
     for name, value in trainer.facts.items():
         if saved.facts.get(name) != value:
             raise InputError(

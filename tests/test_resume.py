@@ -390,6 +390,19 @@ def test_a_damaged_snapshot_costs_only_its_steps(
     assert_same_outcome(run, setup.whole, "damaged")
 
 
+def test_a_run_that_is_done_is_not_repeated(
+    setup: Setup, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it has kept no snapshot to go on from."""
+    run = tmp_path / "run"
+    shutil.copytree(setup.whole, run)
+    shutil.rmtree(run / "snapshots")
+    monkeypatch.delattr("s1fast.step.Trainer.step")
+    done = command([*resume(setup, run), "--checkpoint.every", "0"])
+    assert done.returncode == 0, done.stderr
+    assert (run / "metrics.jsonl").read_bytes() == (setup.whole / "metrics.jsonl").read_bytes()
+
+
 def test_when_all_are_damaged_the_run_starts_anew(
     setup: Setup, tmp_path: Path, command: Command
 ) -> None:

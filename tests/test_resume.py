@@ -255,8 +255,6 @@ def tear_metrics(setup: Setup, output: Path) -> None:
 
 
 KILLED: dict[str, list[Kill]] = {
-    "between two steps": [steps_logged(7)],
-    "while a snapshot is written": [when(writing_a_snapshot)],
     "at its start, and at its end": [
         at(("files.os.fsync", 1)),  # config.toml is not in place yet
         at(("checkpoint.write_tensors", 1)),  # the export has begun
@@ -270,6 +268,9 @@ KILLED: dict[str, list[Kill]] = {
 }
 
 MORE: dict[str, list[Kill]] = {
+    # As test_resume_ranks.py's random deaths, but from outside.
+    "between two steps": [steps_logged(7)],
+    "while a snapshot is written": [when(writing_a_snapshot)],
     # Every file and folder is flushed before it is renamed: a sweep over the whole run.
     **{f"at flush {n}": [at(("files.os.fsync", n))] for n in (2, 3, 4, 9, 17, 30, 46, 61)},
     "before the last old snapshot goes": [at(("snapshot_writer.shutil.rmtree", 8))],
@@ -281,7 +282,7 @@ MORE: dict[str, list[Kill]] = {
 
 @pytest.mark.parametrize(
     "cases",
-    [pytest.param(KILLED, id="four"), pytest.param(MORE, id="twelve", marks=pytest.mark.slow)],
+    [pytest.param(KILLED, id="two"), pytest.param(MORE, id="fourteen", marks=pytest.mark.slow)],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
     cases: dict[str, list[Kill]], setup: Setup, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def _read_lengths(path: Path) -> list[int]:
     for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
-        if not line.strip().isdecimal() or not int(line):
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", line.strip()):
             raise InputError(f"{path}: line {number}: expected a count of tokens, got {line!r}")
         lengths.append(int(line))
     if not lengths:

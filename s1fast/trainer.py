@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from s1fast import exposed, selftest, snapshot
+from s1fast import exposed, selftest
 from s1fast.balance import imbalance
 from s1fast.chat import Chat, Example
 from s1fast.checkpoint import check_weights, load_weights, read_config, save_model, save_weights
@@ -28,7 +28,7 @@ from s1fast.files import make_directory, remove_leftovers, write_atomic
 from s1fast.gauges import Gauges, Measured, Readings
 from s1fast.hub import find
 from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, say
-from s1fast.model import Model, ModelConfig
+from s1fast.model import Model
 from s1fast.optimizer import learning_rate
 from s1fast.packing import num_steps
 from s1fast.parallel import (
@@ -44,6 +44,7 @@ from s1fast.profile import Profile, check_steps
 from s1fast.ranks import ALONE, Ranks
 from s1fast.rows import load_examples
 from s1fast.slices import Slice
+from s1fast.snapshot import Snapshot, newest
 from s1fast.snapshot_writer import SnapshotWriter
 from s1fast.step import Trainer, attention_backend, data_sha256
 
@@ -97,13 +98,11 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         else:
             load_weights(run.model, run.source)
     trainer = Trainer(config, run.model, run.examples, layout)
+    start = _resume(trainer, console)
     with ranks.together():
         if ranks.rank == 0:
             make_directory(config.output)
             remove_leftovers(config.output)
-    start = _resume(trainer, console)
-    with ranks.together():
-        if ranks.rank == 0:
             write_atomic(config.output / "config.toml", to_toml(config))
     _print_facts(trainer, run.num_dropped, console)
     _print_readings(readings, layout, console)
@@ -191,13 +190,12 @@ def export(run: Path, target: Path) -> Path:
     if not recipe.exists():
         raise InputError(f"{run}: no config.toml there, so it is no training run")
     config = load_recipe(recipe)
-    saved, warnings = snapshot.newest(run / "snapshots", repair=False)
+    saved, warnings = newest(run / "snapshots", repair=False)
     if saved is None:
         raise InputError(f"{run}: no whole snapshot there{''.join(f'; {w}' for w in warnings[:1])}")
     for warning in warnings:
         say(Console(stderr=True), f"warning: {warning}")
-    source = find(config.model)
-    _save_snapshot(saved, read_config(source), source, target, config)
+    _save_snapshot(saved, find(config.model), target, config)
     return target
 
 
@@ -215,28 +213,24 @@ def _save_trained(trainer: Trainer, source: Path, target: Path) -> None:
     if not c.checkpoint.every:
         save_model(trainer.model, source, target, getattr(torch, c.checkpoint.export_dtype))
         return
-    saved, warnings = snapshot.newest(c.output / "snapshots", repair=False, ranks=ranks)
+    saved, warnings = newest(c.output / "snapshots", repair=False, ranks=ranks)
     if saved is None or saved.step != trainer.num_steps:
         raise InputError(
             f"{'; '.join(warnings)}; the last snapshot, which the model is exported from, is lost; "
             "to repeat the steps since the one before: --checkpoint.resume"
         )
-    _save_snapshot(saved, trainer.model.config, source, target, c, ranks)
+    _save_snapshot(saved, source, target, c, ranks)
 
 
 def _save_snapshot(
-    saved: snapshot.Snapshot,
-    model: ModelConfig,
-    source: Path,
-    target: Path,
-    config: TrainConfig,
-    ranks: Ranks = ALONE,
+    saved: Snapshot, source: Path, target: Path, config: TrainConfig, ranks: Ranks = ALONE
 ) -> None:
+    dtype = getattr(torch, config.checkpoint.export_dtype)
+
     def read(name: str, part: Slice) -> None:
         saved.read(f"param/{name}", part)
 
-    dtype = getattr(torch, config.checkpoint.export_dtype)
-    save_weights(model, read, source, target, dtype, ranks)
+    save_weights(read_config(source), read, source, target, dtype, ranks)
 
 
 def _loop(trainer: Trainer, start: int, console: Console) -> None:
@@ -381,7 +375,7 @@ def _resume(trainer: Trainer, console: Console) -> int:
     config, ranks = trainer.config, trainer.layout.ranks
     if not config.checkpoint.resume:
         return 0
-    saved, warnings = snapshot.newest(config.output / "snapshots", repair=True, ranks=ranks)
+    saved, warnings = newest(config.output / "snapshots", repair=True, ranks=ranks)
     for warning in warnings:
         say(console, f"warning: {warning}", "yellow")
     if saved is None:

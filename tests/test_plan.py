@@ -317,9 +317,10 @@ def test_lengths_from_a_file(tmp_path: Path) -> None:
     path.write_text("5000\n\n 700 \n")
     config = dataclasses.replace(S1, lengths=path)
     assert list(find_sequences(config, config32()).lengths) == [5000, 700]
-    path.write_text("5000\nmany\n")
-    with pytest.raises(InputError, match=r"lengths\.txt: line 2: expected a count"):
-        find_sequences(config, config32())
+    for wrong in ("many", "0", "-3", "9" * 5000):
+        path.write_text(f"5000\n{wrong}\n")
+        with pytest.raises(InputError, match=r"lengths\.txt: line 2: expected a count"):
+            find_sequences(config, config32())
     path.write_text("\n")
     with pytest.raises(InputError, match="no lengths"):
         find_sequences(config, config32())

@@ -35,13 +35,14 @@ from s1fast.bench.layer import plain_layer
 from s1fast.bench.op import Problem
 from s1fast.bench.roofs import roofs
 from s1fast.bench.timing import measure
-from s1fast.config import DataConfig, OptimConfig, TrainConfig
+from s1fast.config import DataConfig, OptimConfig
 from s1fast.files import read_json_object
 from s1fast.kernels.linear_cross_entropy import linear_cross_entropy
 from s1fast.kernels.packed_attention import packed_attention as attend_packed
-from s1fast.metrics import layer_parameters
+from s1fast.metrics import layer_parameters, train_flops
 from s1fast.model import Layer, ModelConfig
-from s1fast.planner import Estimate, Machine, Sequences, estimate
+from s1fast.plan import PlanConfig, find_sequences
+from s1fast.planner import Estimate, Machine, estimate
 from s1fast.published import qwen, sequence_lengths
 from s1fast.rates import GPU, Rate, Rates, assumed_rates, gpu_kind
 
@@ -235,12 +236,10 @@ def project(
     shape: Shape, ms: dict[str, float], rates: Rates, gpu: GPU
 ) -> tuple[Estimate, dict[str, tuple[float, float]]]:
     """The run on 2 nodes of 8 such GPUs, and its minutes (better, worse) without each trick."""
-    config = TrainConfig(
+    config = PlanConfig(
         model="32B", data=DataConfig(path=DATASET), optim=OptimConfig(moments="bfloat16")
     )
-    lengths = sequence_lengths(DATASET)
-    assert lengths is not None
-    data = Sequences(lengths, [n - 150 for n in lengths], DATASET)
+    data = find_sequences(config, shape.model)
     machine = Machine(gpu, WORLD // ULYSSES, ULYSSES)
 
     def run(**changes: Any) -> Estimate:
@@ -272,11 +271,8 @@ def project(
 
 def step_mfu(shape: Shape, ms: dict[str, float], peak_tflops: float) -> float:
     """Of all layers, head, loss and update on one GPU, nothing computed again counted."""
-    m, t = shape.model, shape.tokens
-    scores = 6 * m.num_attention_heads // ULYSSES * m.head_dim * sum(n * n for n in shape.lengths)
-    layer = 6 * layer_parameters(m) * t + scores
-    flops = m.num_hidden_layers * layer + 6 * m.vocab_size * m.hidden_size * t
-    total_ms = m.num_hidden_layers * ms["layer none"] + ms["head"] + ms["update"]
+    flops = train_flops(shape.model, shape.lengths, sum(shape.lengths)) / ULYSSES
+    total_ms = shape.model.num_hidden_layers * ms["layer none"] + ms["head"] + ms["update"]
     return flops / total_ms / 1e9 / peak_tflops
 
 

@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from s1fast.bench.environment import RESULTS, device_name, save
@@ -32,9 +33,9 @@ from s1fast.chat import Example
 from s1fast.config import DataConfig, TrainConfig
 from s1fast.metrics import peak_tflops, train_flops
 from s1fast.model import Model, ModelConfig
-from s1fast.packing import step_indices
+from s1fast.packing import pack_batch, step_indices
 from s1fast.parallel import join, leave, shard_model
-from s1fast.plan import memory
+from s1fast.plan import PROMPT_TOKENS, memory
 from s1fast.planner import Machine, Sequences, estimate
 from s1fast.published import qwen, sequence_lengths
 from s1fast.rates import find_rates, gpu_kind
@@ -44,7 +45,6 @@ Recompute = Literal["auto", "none", "full"]
 SIZES = ("0.5B", "1.5B", "3B", "7B")
 WARM_UP, MEASURED = 2, 3
 """Steps; every variant takes the same ones."""
-PROMPT_TOKENS = 150
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,10 @@ class Variant:
 
 
 def variants(liger: bool) -> Iterator[Variant]:
+    """All without Liger come first: its kernels, once in transformers, stay there."""
     flags = (False, True)
-    for values in itertools.product(("sdpa", "varlen"), flags, flags, flags):
-        for with_liger in (False, True) if liger else (False,):
+    for with_liger in flags if liger else (False,):
+        for values in itertools.product(("sdpa", "varlen"), flags, flags, flags):
             yield Variant(*values, with_liger)
 
 
@@ -202,7 +203,7 @@ def theirs(problem: Problem, variant: Variant) -> Callable[[int], float]:
         liger: Any = importlib.import_module("liger_kernel.transformers")
         liger.apply_liger_kernel_to_qwen2()
     implementation = variant.attention
-    bounds: list[Tensor] = []
+    bounds: list[Any] = []
     if variant.attention == "varlen":
         implementation = _register_varlen(bounds)
     config = transformers.Qwen2Config(**fields, attn_implementation=implementation)
@@ -219,15 +220,15 @@ def theirs(problem: Problem, variant: Variant) -> Callable[[int], float]:
 
     def step(number: int) -> float:
         batch, total = problem.batch(number), 0.0
-        for group in [batch] if variant.packed else [[one] for one in batch]:
-            inputs, weights = _inputs(group, len(batch), problem.device)
-            bounds[:] = [inputs.pop("bounds")]
+        streams = None if variant.packed else [[i] for i in range(len(batch))]
+        for stream in pack_batch(batch, "sample", streams):
+            bounds[:] = [stream.cu_seqlens.to(problem.device), stream.max_seqlen]
+            stream = stream.to(problem.device)
+            inputs = {"input_ids": stream.ids_T[None], "position_ids": stream.positions_T[None]}
             with half:
-                logits = model(**inputs, use_cache=False).logits[0]
-                losses = torch.nn.functional.cross_entropy(
-                    logits[:-1].float(), inputs["input_ids"][0, 1:], reduction="none"
-                )
-            loss = (losses * weights[1:]).sum()
+                logits = model(**inputs, use_cache=False).logits[0].float()
+                losses = F.cross_entropy(logits, stream.label_T, reduction="none")
+            loss = (losses * stream.loss_weight_T).sum()
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -238,26 +239,11 @@ def theirs(problem: Problem, variant: Variant) -> Callable[[int], float]:
     return step
 
 
-def _inputs(
-    group: list[Example], batch_size: int, device: torch.device
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One row of tokens with positions that restart, and the weight of each as a label."""
-    lengths = [len(e.ids) for e in group]
-    weights = torch.cat(
-        [torch.tensor(e.labelled) / (batch_size * sum(e.labelled[1:])) for e in group]
-    )
-    starts = list(itertools.accumulate(lengths, initial=0))
-    weights[starts[:-1]] = 0.0  # a first token is no label
-    inputs = {
-        "input_ids": torch.tensor([i for e in group for i in e.ids], device=device)[None],
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]).to(device)[None],
-        "bounds": torch.tensor(starts, dtype=torch.int32, device=device),
-    }
-    return inputs, weights.to(device)
+def _register_varlen(bounds: list[Any]) -> str:
+    """torch's variable-length attention as one that transformers can be told to use.
 
-
-def _register_varlen(bounds: list[Tensor]) -> str:
-    """torch's variable-length attention as one that transformers can be told to use."""
+    bounds: where sequences begin, and tokens of the longest, as they are when it is called.
+    """
     from transformers import AttentionInterface
 
     varlen: Any = importlib.import_module("torch.nn.attention.varlen")
@@ -266,8 +252,8 @@ def _register_varlen(bounds: list[Tensor]) -> str:
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         rows = [x[0].transpose(0, 1).to(torch.bfloat16) for x in (q, k, v)]
-        longest = q.shape[2]
-        boundaries = (bounds[0], bounds[0], longest, longest)
+        starts, longest = bounds
+        boundaries = (starts, starts, longest, longest)
         out = varlen.varlen_attn(*rows, *boundaries, window_size=(-1, 0))
         return out[None], None
 

@@ -7,8 +7,14 @@ of the batch alone: every rank computes the same split without asking another.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+from s1fast.config import TrainConfig
+from s1fast.metrics import train_flops
+from s1fast.model import ModelConfig
+from s1fast.packing import step_indices
 
 EXACT_ITEMS = 20
 """Two groups are split exactly up to so many sequences: 2^19 subsets take a few milliseconds."""
@@ -99,6 +105,42 @@ def split_step(
             break
         num_passes += 1
     return [streams[i : i + num_groups] for i in range(0, len(streams), num_groups)]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step's sequences, and which group of ranks trains on which of them."""
+
+    batch: list[int]
+    """Indices into the data."""
+    seqlens: list[int]
+    labels: list[int]
+    costs: list[float]
+    """FLOPs; like the two before, of each sequence of the batch."""
+    passes: list[Split]
+    """Indices into the batch, of each pass, of each group."""
+
+    def stream_tokens(self, split: Split) -> list[int]:
+        """Tokens of each stream of a pass."""
+        return [sum(self.seqlens[i] for i in stream) for stream in split]
+
+
+def plan_step(
+    step: int,
+    config: TrainConfig,
+    model: ModelConfig,
+    seqlens: Sequence[int],
+    labels: Sequence[int],
+    world: int,
+    ulysses: int,
+) -> StepPlan:
+    """Step 0, 1, ... of a run; seqlens and labels of all its data."""
+    batch = step_indices(len(seqlens), config.batch_size, config.seed, step)
+    lengths, counts = [seqlens[i] for i in batch], [labels[i] for i in batch]
+    costs = [train_flops(model, [n], m) for n, m in zip(lengths, counts, strict=True)]
+    most_tokens = config.microbatch_tokens * ulysses
+    passes = split_step(lengths, costs, world // ulysses, most_tokens)
+    return StepPlan(batch, lengths, counts, costs, passes)
 
 
 def imbalance(passes: Sequence[Split], costs: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -223,6 +224,9 @@ def _train(arguments: list[str]) -> None:
 
         dry_run(config)
         return
+    # Every step has another number of tokens: blocks that cannot grow would not fit the next one's.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from s1fast.trainer import train
 
     train(config)
@@ -235,9 +239,8 @@ def _plan(arguments: list[str]) -> None:
     usage = "plan RECIPE.toml [--key value ...]"
     recipe = _positional(arguments, 1, usage)
     known = load_recipe(Path(recipe[0])) if recipe else TrainConfig()
-    fields = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
     prog = f"s1fast {usage.split(' [')[0]}"
-    plan(_parse(PlanConfig, arguments[len(recipe) :], prog, PlanConfig(**fields)))
+    plan(_parse(PlanConfig, arguments[len(recipe) :], prog, PlanConfig(**vars(known))))
 
 
 def _export(arguments: list[str]) -> None:

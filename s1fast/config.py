@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,10 +171,15 @@ def check(config: TrainConfig) -> None:
         ("checkpoint.every", config.checkpoint.every >= 0, "must not be negative"),
         ("checkpoint.keep", config.checkpoint.keep >= 1, "must be at least 1"),
         ("log.every", config.log.every >= 1, "must be at least 1"),
-        ("log.dollars_per_hour", config.log.dollars_per_hour >= 0, "must not be negative"),
+        (
+            "log.dollars_per_hour",
+            0 <= config.log.dollars_per_hour < math.inf,
+            "must be a number from 0",
+        ),
     ]
     for name in ("model", "output", "data.path", "data.split"):  # the run's own recipe is UTF-8
-        rules.append((name, _is_unicode(str(_value(config, name))), "must be valid Unicode"))
+        found = re.search(r"[\ud800-\udfff]", str(_value(config, name)))
+        rules.append((name, found is None, "must be valid Unicode"))
     for name, holds, rule in rules:
         if not holds:
             raise InputError(f"{name}: {rule}, got {_value(config, name)!r}")
@@ -184,14 +189,6 @@ def profiled_steps(config: TrainConfig) -> range:
     """Those to profile, counted from 1; empty for none, and where the field says no such thing."""
     found = re.fullmatch("([1-9][0-9]{0,8}):([1-9][0-9]{0,8})", config.profile)
     return range(int(found[1]), int(found[2]) + 1) if found else range(0)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def load_recipe(path: Path) -> TrainConfig:
@@ -314,14 +311,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     if type(value) is not hint:
-        raise InputError(f"{where} must be of type {_type_name(hint)}, got {value!r}")
+        name = getattr(hint, "__name__", str(hint))
+        raise InputError(f"{where} must be of type {name}, got {value!r}")
     if hint is str and "\0" in value:
         raise InputError(f"{where} holds a NUL character")
     return value
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type | types.GenericAlias) else str(hint)
 
 
 def _value(config: Any, name: str) -> Any:
@@ -331,15 +325,8 @@ def _value(config: Any, name: str) -> Any:
 
 
 def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, tuple):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
-    if isinstance(value, str | Path):
-        escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-        return (
-            '"'
-            + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped)
-            + '"'
-        )
-    return repr(value)
+    if isinstance(value, str | Path):  # TOML escapes as JSON does, and one character more
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -103,6 +104,11 @@ class StepRecord:
         )
 
 
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Prints a text as it is: brackets are no markup, lines are not broken."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 def duration(seconds: float) -> str:
     """1h02m, 3m07s or 12s."""
     whole = int(seconds + 0.5)
@@ -116,15 +122,24 @@ class RunLog:
     """Sinks of a run's records; a context manager that closes them."""
 
     def __init__(
-        self, folder: Path, console: Console, *, num_steps: int, start: int, every: int, board: bool
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        num_steps: int,
+        start: int,
+        every: int,
+        board: bool,
+        peak_tflops: float,
     ) -> None:
         self._console, self._num_steps, self._every = console, num_steps, every
+        self.start, self.peak_tflops = start, peak_tflops
         self._board = _tensorboard(folder / "tensorboard", start) if board else None
         self.path = folder / "metrics.jsonl"
         keep = [line for line in records(self.path) if line["step"] <= start]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in keep))
         self._stack = contextlib.ExitStack()
-        self._file = self._stack.enter_context(self.path.open("a"))
+        self._file = self._stack.enter_context(self.path.open("ab", buffering=0))
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
@@ -141,8 +156,10 @@ class RunLog:
 
     def write(self, record: StepRecord) -> None:
         values = asdict(record)
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values).encode() + b"\n")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
         if self._board is not None:
             for name, value in values.items():
                 if name != "step" and value is not None:
@@ -151,7 +168,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.update(self._task, completed=record.step, description=line)
         elif record.step % self._every == 0 or record.step == self._num_steps:
-            self._console.print(line, highlight=False, soft_wrap=True)
+            say(self._console, line)
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
@@ -191,4 +208,11 @@ def plot_loss(metrics: Path, target: Path) -> None:
     rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linestyle=":", label="lr")
     rate.set(ylabel="learning rate")
     figure.legend(loc="outside upper right", ncols=2)
-    figure.savefig(target, dpi=120)
+    save_figure(figure, target)
+
+
+def save_figure(figure: Any, target: Path) -> None:
+    """Writes a matplotlib figure as a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_atomic(target, buffer.getvalue())

@@ -64,6 +64,12 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
+def num_steps(num_examples: int, batch_size: int, epochs: int, max_steps: int = 0) -> int:
+    """Optimizer steps of a run; max_steps as in its recipe."""
+    total = steps_per_epoch(num_examples, batch_size) * epochs
+    return min(total, max_steps) if max_steps else total
+
+
 def step_indices(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Which examples a step trains on; the last batch of an epoch is filled from its first samples.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ from s1fast.errors import InputError
 from s1fast.fake_ranks import peak
 from s1fast.files import make_directory, read_bytes
 from s1fast.kernels.linear_cross_entropy import CHUNK_BYTES
+from s1fast.metrics import say
 from s1fast.model import ModelConfig
 from s1fast.planner import Estimate, Machine, Sequences, estimate, free_bytes, state_bytes
-from s1fast.rates import DEVICE_BYTES, GPU, find_rates
+from s1fast.rates import DEVICE_BYTES, GPU, Rates, find_rates, gpu_kind
 from s1fast.recompute import layer_memory, reserve_bytes
 
 RESULTS = Path(__file__).resolve().parent / "bench" / "results"
@@ -48,6 +49,10 @@ class PlanConfig(TrainConfig):
     png: Path | None = None
     """Picture of the run on this machine and on others."""
 
+    @property
+    def machine(self) -> Machine:
+        return Machine(self.gpu, self.nodes, self.gpus_per_node)
+
 
 def plan(config: PlanConfig, console: Console | None = None) -> Estimate:
     """Prints the plan.
@@ -61,53 +66,49 @@ def plan(config: PlanConfig, console: Console | None = None) -> Estimate:
     for name in ("nodes", "gpus_per_node"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}: must be at least 1, got {getattr(config, name)}")
+    if config.dtype == "float32":
+        raise InputError("dtype: only bfloat16 can be planned; float32 is many times slower")
+    if config.results != RESULTS and not config.results.is_dir():
+        raise InputError(f"results: {config.results} is no folder")
     model = find_model(config.model)
     data = find_sequences(config, model)
-    rates = find_rates(config.gpu, config.results, config.log.dollars_per_hour)
-    machine = Machine(config.gpu, config.nodes, config.gpus_per_node)
-    one = estimate(config, model, data, machine, rates)
+    one, rates = _estimate(config, model, data, config.machine)
     parts = memory(config, model, one)
-    lines = [
+    others = [_estimate(config, model, data, m)[0] for m in OTHER_MACHINES if m != config.machine]
+    everywhere = sorted([one, *others], key=lambda e: (e.machine.gpu, e.machine.world))
+    for line in [
         f"model      {config.model}, {model.num_weights:,} weights",
         f"data       {data.source}",
         *plan_report.details(one, rates),
         *plan_report.memory_lines(one, parts),
-    ]
-    others = [
-        estimate(
-            config,
-            model,
-            data,
-            other,
-            find_rates(other.gpu, config.results, config.log.dollars_per_hour),
-        )
-        for other in OTHER_MACHINES
-        if other != machine
-    ]
-    everywhere = sorted([one, *others], key=lambda e: (e.machine.gpu, e.machine.world))
-    lines += ["elsewhere:", *plan_report.layout_table(everywhere)]
-    lines += [f"plan       {plan_report.headline(one)}"]
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        "elsewhere:",
+        *plan_report.layout_table(everywhere),
+        f"plan       {plan_report.headline(one)}",
+    ]:
+        say(console, line)
     if config.png is not None:
         make_directory(config.png.parent)
         plan_report.plot(everywhere, config.png)
-        console.print(f"picture    {config.png}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"picture    {config.png}")
     _refuse(config, one, sum(parts.values()), everywhere)
     return one
 
 
 def outlook(recipe: TrainConfig) -> str:
     """The plan's last line alone, on s1's machine; without the memory, so it takes no time."""
-    values = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
-    config = PlanConfig(**values)
+    config = PlanConfig(**vars(recipe))
     model = find_model(config.model)
-    rates = find_rates(config.gpu, config.results, config.log.dollars_per_hour)
-    machine = Machine(config.gpu, config.nodes, config.gpus_per_node)
-    one = estimate(config, model, find_sequences(config, model), machine, rates)
+    one, rates = _estimate(config, model, find_sequences(config, model), config.machine)
     measured = sum(rate.measured for _, rate in rates.items())
     kind = f"{measured} rates measured, the others assumed" if measured else "every rate assumed"
     return f"{plan_report.headline(one)}; planned, {kind}"
+
+
+def _estimate(
+    config: PlanConfig, model: ModelConfig, data: Sequences, machine: Machine
+) -> tuple[Estimate, Rates]:
+    rates = find_rates(machine.gpu, config.results, config.log.dollars_per_hour)
+    return estimate(config, model, data, machine, rates), rates
 
 
 def find_model(name: str) -> ModelConfig:
@@ -154,7 +155,7 @@ def _read_lengths(path: Path) -> list[int]:
     for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
-        if not line.strip().isdecimal() or not int(line):
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", line.strip()):
             raise InputError(f"{path}: line {number}: expected a count of tokens, got {line!r}")
         lengths.append(int(line))
     if not lengths:
@@ -242,18 +243,19 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     """The plan of `train --dry-run`: on the GPUs that the command would have used.
 
     Those of torchrun's ranks, or the one that a bare command takes; where there is none, on the
-    machine that `plan` assumes.
+    machine that `plan` assumes. Of several ranks the first alone speaks.
     """
+    if int(os.environ.get("RANK", 0)):
+        return
     machine: dict[str, Any] = {}
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        known = [gpu for gpu in get_args(GPU) if f"NVIDIA {gpu}" in name]
-        if not known:
+        kind = gpu_kind(name)
+        if kind is None:
             raise InputError(
                 f"--dry-run: no rates are known of {name}; s1fast plan RECIPE --gpu "
                 f"{' or '.join(get_args(GPU))} plans for those"
             )
         world, local = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        machine = {"gpu": known[0], "nodes": world // local, "gpus_per_node": local}
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    plan(PlanConfig(**values, **machine), console)
+        machine = {"gpu": kind, "nodes": world // local, "gpus_per_node": local}
+    plan(PlanConfig(**vars(config), **machine), console)

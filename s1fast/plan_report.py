@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from s1fast.files import write_atomic
-from s1fast.metrics import duration
+from s1fast.metrics import duration, save_figure
 from s1fast.planner import Estimate
 from s1fast.rates import DEVICE_BYTES, Rates
 
@@ -90,8 +89,6 @@ def layout_table(estimates: Sequence[Estimate]) -> list[str]:
 
 def plot(estimates: Sequence[Estimate], target: Path) -> None:
     """Minutes by part for each machine, the range as a whisker, as a PNG."""
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -108,6 +105,4 @@ def plot(estimates: Sequence[Estimate], target: Path) -> None:
     axes.set(ylabel="minutes", title="Planned, not measured")
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    write_atomic(target, buffer.getvalue())
+    save_figure(figure, target)

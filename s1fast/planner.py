@@ -14,16 +14,16 @@ Every rate is shown with its source.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from s1fast.balance import imbalance, split_step
+from s1fast.balance import Split, StepPlan, imbalance, plan_step
 from s1fast.config import TrainConfig
-from s1fast.metrics import layer_parameters, train_flops
+from s1fast.metrics import layer_parameters
 from s1fast.model import ModelConfig, Recompute
-from s1fast.packing import part_tokens, step_indices, steps_per_epoch
+from s1fast.packing import num_steps, part_tokens
 from s1fast.parallel import ulysses_degree
 from s1fast.rates import DEVICE_BYTES, GPU, Rates
 from s1fast.recompute import activation_budget, layer_memory
@@ -128,49 +128,41 @@ def estimate(
     ulysses = ulysses_degree(
         machine.gpus_per_node, model.num_attention_heads, model.num_key_value_heads
     )
-    groups = machine.world // ulysses
     budget = config.activation_gb * 1e9 or activation_budget(
         int(free_bytes(config, model, machine)), model, _DTYPE, machine.world
     )
     memory = layer_memory(model, _DTYPE, machine.world, ulysses, budget)
-    per_epoch = steps_per_epoch(len(data.lengths), config.batch_size)
-    total_steps = per_epoch * config.epochs
-    num_steps = min(total_steps, config.max_steps) if config.max_steps else total_steps
-    costs = [train_flops(model, [n], m) for n, m in zip(data.lengths, data.labels, strict=True)]
+    steps = num_steps(len(data.lengths), config.batch_size, config.epochs, config.max_steps)
+    layout = (data.lengths, data.labels, machine.world, ulysses)
     cost = _Cost(model, machine, ulysses, rates, 4 if config.reduce_dtype == "float32" else 2)
     seconds, layers = Seconds(), Counter[Recompute]()
     flops, tokens, uneven, most_tokens, needed_bytes = 0.0, 0, 0.0, 0, 0
     worst: tuple[Recompute, ...] = ()
     worst_first = True
-    for step in range(num_steps):
-        batch = step_indices(len(data.lengths), config.batch_size, config.seed, step)
-        lengths, step_costs = [data.lengths[i] for i in batch], [costs[i] for i in batch]
-        limit = config.microbatch_tokens * ulysses
-        passes = split_step(lengths, step_costs, groups, limit)
-        for number, split in enumerate(passes):
-            streams = [[batch[i] for i in stream] for stream in split]
-            sizes = [sum(data.lengths[i] for i in stream) for stream in streams]
-            most = part_tokens(max(sizes), ulysses)
+    for step in range(steps):
+        plan = plan_step(step, config, model, *layout)
+        for number, split in enumerate(plan.passes):
+            most = part_tokens(max(plan.stream_tokens(split)), ulysses)
             what = memory.choose(config.recompute, most, first_pass=number == 0)
             layers.update(what)
             if (needed := memory.needed(what, most, number == 0)) > needed_bytes:
                 needed_bytes, most_tokens = needed, most
                 worst, worst_first = tuple(what), number == 0
-            seconds.add(cost.of_pass(streams, data, what))
+            seconds.add(cost.of_pass(plan, split, what))
         seconds.add(cost.of_update(config.optim.moments))
-        flops += sum(step_costs)
-        tokens += sum(lengths)
-        uneven += imbalance(passes, step_costs)
+        flops += sum(plan.costs)
+        tokens += sum(plan.seqlens)
+        uneven += imbalance(plan.passes, plan.costs)
     hours = (seconds.low / 3600, seconds.high / 3600)
     rate = flops / machine.world / 1e12 / rates.peak.value
     return Estimate(
         machine=machine,
         ulysses=ulysses,
-        num_steps=num_steps,
+        num_steps=steps,
         seconds=seconds,
         flops=flops,
         tokens=tokens,
-        imbalance=uneven / num_steps,
+        imbalance=uneven / steps,
         layers=layers,
         most_tokens=most_tokens,
         worst=worst,
@@ -208,11 +200,9 @@ class _Cost:
         self.gather_s, self.scatter_s = _SIZE * layer * share, reduce_bytes * layer * share
         self.head_gather_s, self.head_scatter_s = _SIZE * head * share, reduce_bytes * head * share
 
-    def of_pass(
-        self, streams: Iterable[Sequence[int]], data: Sequences, what: Sequence[Recompute]
-    ) -> Seconds:
+    def of_pass(self, plan: StepPlan, split: Split, what: Sequence[Recompute]) -> Seconds:
         """A forward and backward of one stream a group; the costliest group sets the time."""
-        candidates = [self._compute(stream, data) for stream in streams if len(stream)]
+        candidates = [self._compute([plan.seqlens[i] for i in s]) for s in split if s]
         forward, backward = max(candidates, key=lambda pair: pair[0].low + pair[1].low)
         total = Seconds()
         for policy, count in Counter(what).items():
@@ -223,8 +213,7 @@ class _Cost:
             self._communicate(total, forward.low, self.gather_s, count)
             both_s = self.gather_s + self.scatter_s
             self._communicate(total, backward.low + again, both_s, count)
-        longest = max(streams, key=lambda stream: sum(data.labels[i] for i in stream))
-        labels = sum(data.labels[i] for i in longest) / self.ulysses
+        labels = max(sum(plan.labels[i] for i in s) for s in split) / self.ulysses
         products = 6 * self.model.vocab_size * self.model.hidden_size * labels
         head_s = products / (self.rates.head.value * 1e12)
         total.head += head_s
@@ -240,10 +229,9 @@ class _Cost:
         total.exposed += count * (transfer_s - covered_s)
         total.contention += count * (1 - self.rates.overlap.value) * covered_s
 
-    def _compute(self, stream: Sequence[int], data: Sequences) -> tuple[Seconds, Seconds]:
+    def _compute(self, lengths: Sequence[int]) -> tuple[Seconds, Seconds]:
         """Forward and backward of one layer on a rank of the group that has this stream."""
         m, rates = self.model, self.rates
-        lengths = [data.lengths[i] for i in stream]
         tokens = part_tokens(sum(lengths), self.ulysses)
         heads, width = m.num_attention_heads, m.head_dim
         kv_heads = m.num_key_value_heads

@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, record_function
 from s1fast.config import TrainConfig, profiled_steps
 from s1fast.errors import InputError
 from s1fast.files import make_directory, remove_leftovers, write_atomic
+from s1fast.metrics import say
 from s1fast.parallel import Layout
 
 # -- where the time went ---------------------------------------------------------------------------
@@ -165,10 +166,8 @@ class Profile:
         self._layout, self._folder, self._console = layout, config.output / "profile", console
         self._recording: contextlib.ExitStack | None = None
         if steps and not self._steps:
-            console.print(
-                f"warning: profile: steps {config.profile} were taken before; none is profiled",
-                style="yellow",
-            )
+            text = f"warning: profile: steps {config.profile} were taken before; none is profiled"
+            say(console, text, "yellow")
 
     def __enter__(self) -> Profile:
         return self
@@ -227,9 +226,7 @@ class Profile:
         facts |= {"world": self._layout.world, **asdict(found)}
         write_atomic(self._folder / "table.json", json.dumps(facts, indent=1) + "\n")
         write_atomic(self._folder / "table.txt", text)
-        self._console.print(
-            f"{text}profile  {self._folder}", highlight=False, markup=False, soft_wrap=True
-        )
+        say(self._console, f"{text}profile  {self._folder}")
 
     def _write_trace(self) -> Any:
         target = self._folder / "trace.json.gz"

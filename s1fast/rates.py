@@ -19,7 +19,12 @@ GPU = Literal["H100", "H200"]
 
 
 def gpu_kind(device: str) -> GPU | None:
-    """Of a device as torch names it; None of one that there are no rates for."""
+    """Of a device as torch names it; None of one that there are no rates for.
+
+    PCIe and NVL boards bear the same numbers, but have other clocks, memory and links.
+    """
+    if "PCIe" in device or "NVL" in device:
+        return None
     return next((gpu for gpu in get_args(GPU) if device.startswith(f"NVIDIA {gpu}")), None)
 
 
@@ -114,7 +119,7 @@ def _results(gpu: str, folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
         try:
             result = json.loads(read_bytes(path))
             environment = result["environment"]
-            if environment["device"].startswith(f"NVIDIA {gpu}") and "roofs" in result:
+            if gpu_kind(environment["device"]) == gpu and "roofs" in result:
                 found.append((environment["timestamp"], path.name, result))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: no result of the bench: {error!r}") from None

@@ -22,6 +22,7 @@ from typing import Literal, get_args
 import torch
 
 from s1fast.kernels.linear_cross_entropy import CHUNK_BYTES
+from s1fast.metrics import layer_parameters
 from s1fast.model import ModelConfig, Recompute, kept_bytes
 
 Mode = Literal["auto", "none", "full"]
@@ -92,14 +93,8 @@ def layer_memory(
         budget=budget,
         saved=saved_bytes(config, dtype, ulysses),
         at_work=2 * gate_up + 4 * config.hidden_size * dtype.itemsize,
-        gradient=4 * _layer_weights(config) // world,
+        gradient=4 * layer_parameters(config) // world,
     )
-
-
-def _layer_weights(config: ModelConfig) -> int:
-    embeddings = config.vocab_size * config.hidden_size
-    embeddings *= 1 if config.tie_word_embeddings else 2
-    return (config.num_weights - embeddings) // config.num_hidden_layers
 
 
 def working_bytes(config: ModelConfig, dtype: torch.dtype, world: int) -> dict[str, int]:
@@ -111,7 +106,7 @@ def working_bytes(config: ModelConfig, dtype: torch.dtype, world: int) -> dict[s
     head. On one rank nothing is copied to be gathered or reduced, but the weights' casts are as
     large.
     """
-    layer, head = _layer_weights(config), config.vocab_size * config.hidden_size
+    layer, head = layer_parameters(config), config.vocab_size * config.hidden_size
     moments = (  # gathered, gradient, reduced, logits
         (head + 2 * layer, head, 0, CHUNK_BYTES["cuda"]),
         (head + 2 * layer, head, head, 0),

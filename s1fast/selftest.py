@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from s1fast.parallel import Layout
-from s1fast.rates import GPU, assumed_rates
+from s1fast.rates import assumed_rates, gpu_kind
 
 TRIES = 5
 """Each measurement is the best of these, after one that is not counted."""
@@ -105,17 +105,16 @@ def warnings(readings: Sequence[Reading], device_name: str, nodes: int) -> list[
 
 
 def _expected(device_name: str, nodes: int) -> dict[Axis, float]:
-    for gpu in get_args(GPU):
-        if device_name.startswith(f"NVIDIA {gpu}") and "PCIe" not in device_name:
-            rates = assumed_rates(gpu)
-            world = rates.fabric if nodes > 1 else rates.nvlink
-            return {
-                "gemm": rates.gemm.value,
-                "host": _HOST_GB_S,
-                "node": rates.nvlink.value,
-                "world": world.value,
-            }
-    return {}
+    gpu = gpu_kind(device_name)
+    if gpu is None:
+        return {}
+    rates = assumed_rates(gpu)
+    return {
+        "gemm": rates.gemm.value,
+        "host": _HOST_GB_S,
+        "node": rates.nvlink.value,
+        "world": (rates.fabric if nodes > 1 else rates.nvlink).value,
+    }
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -159,21 +158,16 @@ def _all_to_all_gb_s(layout: Layout, num_bytes: int) -> float:
     size = layout.group.size
     sent = _bytes(layout, num_bytes // size * size)
     received = torch.empty_like(sent)
-
-    def call() -> None:
-        dist.all_to_all_single(received, sent, group=group)
-
-    return len(sent) * (size - 1) / size / _best_s(layout.device, call) / 1e9
+    best_s = _best_s(layout.device, lambda: dist.all_to_all_single(received, sent, group=group))
+    return len(sent) * (size - 1) / size / best_s / 1e9
 
 
 def _all_gather_gb_s(layout: Layout, num_bytes: int) -> float:
     part = _bytes(layout, num_bytes // layout.world)
     whole = torch.empty(layout.world * len(part), dtype=part.dtype, device=layout.device)
-
-    def call() -> None:
-        dist.all_gather_into_tensor(whole, part)
-
-    return len(part) * (layout.world - 1) / _best_s(layout.device, call) / 1e9
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # from torch 2.13 on
+    best_s = _best_s(layout.device, lambda: gather(whole, part))
+    return len(part) * (layout.world - 1) / best_s / 1e9
 
 
 def _bytes(layout: Layout, count: int) -> Tensor:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from s1fast import snapshot
-from s1fast.balance import Split, split_step
+from s1fast.balance import StepPlan, plan_step
 from s1fast.chat import Example
 from s1fast.config import TrainConfig
 from s1fast.errors import InputError
 from s1fast.kernels.packed_attention import Backend, check_backend, default_backend
-from s1fast.metrics import train_flops
 from s1fast.model import Model, Recompute
 from s1fast.optimizer import AdamW, learning_rates
 from s1fast.packing import (
@@ -32,10 +31,10 @@ from s1fast.packing import (
     PackedBatch,
     cut,
     label_counts,
+    num_steps,
     pack,
     pack_batch,
     part_tokens,
-    step_indices,
     steps_per_epoch,
 )
 from s1fast.parallel import Layout
@@ -54,19 +53,6 @@ class StepResult:
     """How many labels were no token of the vocabulary."""
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """A step's sequences, and which group of ranks trains on which of them."""
-
-    batch: list[Example]
-    passes: list[Split]
-    """Indices into batch, of each pass, of each group."""
-    seqlens: list[int]
-    num_labels: int
-    costs: list[float]
-    """FLOPs a sequence."""
-
-
 class Trainer:
     """Model, optimizer and data of a run; `step` advances all three."""
 
@@ -81,29 +67,19 @@ class Trainer:
         self.attention = attention_backend(config, device, dtype, model.config.head_dim)
         budget = _activation_budget(config, model, layout)
         self.memory = layer_memory(model.config, dtype, layout.world, layout.ulysses, budget)
-        self.steps_per_epoch = steps_per_epoch(len(examples), config.batch_size)
-        total = self.steps_per_epoch * config.epochs
-        self.num_steps = min(total, config.max_steps) if config.max_steps else total
+        self.seqlens = [len(example.ids) for example in examples]
+        self.labels = label_counts(examples)
+        sizes = (len(examples), config.batch_size)
+        self.steps_per_epoch = steps_per_epoch(*sizes)
+        self.num_steps = num_steps(*sizes, config.epochs, config.max_steps)
         self.learning_rates = learning_rates(self.num_steps, config.optim, device)
         if config.compile:
             self._compile()
 
-    def batch(self, step: int) -> list[Example]:
-        """The sequences of optimizer step 0, 1, ..."""
-        chosen = step_indices(len(self.examples), self.config.batch_size, self.config.seed, step)
-        return [self.examples[i] for i in chosen]
-
     def plan(self, step: int) -> StepPlan:
-        """Who trains on what in a step: the same on every rank."""
-        c, batch = self.config, self.batch(step)
-        seqlens, counts = [len(example.ids) for example in batch], label_counts(batch)
-        costs = [
-            train_flops(self.model.config, [n], labels)
-            for n, labels in zip(seqlens, counts, strict=True)
-        ]
-        most_tokens = c.microbatch_tokens * self.layout.ulysses
-        passes = split_step(seqlens, costs, self.layout.num_groups, most_tokens)
-        return StepPlan(batch, passes, seqlens, sum(counts), costs)
+        """Who trains on what in optimizer step 0, 1, ...: the same on every rank."""
+        data, ranks = (self.seqlens, self.labels), (self.layout.world, self.layout.ulysses)
+        return plan_step(step, self.config, self.model.config, *data, *ranks)
 
     def step(self, step: int) -> StepResult:
         """Trains on one batch and updates the weights."""
@@ -118,11 +94,11 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         bad_labels = torch.zeros((), dtype=torch.int64, device=self.device)
         ours = [streams[layout.group_index] for streams in plan.passes]
-        packed = pack_batch(plan.batch, self.config.data.loss_weight, ours)
-        for number, (stream, streams) in enumerate(zip(packed, plan.passes, strict=True)):
+        batch = [self.examples[i] for i in plan.batch]
+        packed = pack_batch(batch, self.config.data.loss_weight, ours)
+        for number, (stream, split) in enumerate(zip(packed, plan.passes, strict=True)):
             part = cut(stream, layout.part, layout.ulysses).to(self.device)
-            lengths = [sum(plan.seqlens[i] for i in ids) for ids in streams]
-            recompute = self.recompute(lengths, first_pass=number == 0)
+            recompute = self.recompute(plan.stream_tokens(split), first_pass=number == 0)
             partial = stream_loss(self.model, part, bad_labels, self.attention, recompute, layout)
             partial.backward()
             loss += partial.detach()

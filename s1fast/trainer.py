@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.text import Text
 
-from s1fast import exposed, selftest, snapshot
+from s1fast import exposed, selftest
 from s1fast.balance import imbalance
 from s1fast.chat import Chat, Example
 from s1fast.checkpoint import check_weights, load_weights, read_config, save_model, save_weights
@@ -27,10 +27,10 @@ from s1fast.errors import InputError
 from s1fast.files import make_directory, remove_leftovers, write_atomic
 from s1fast.gauges import Gauges, Measured, Readings
 from s1fast.hub import find
-from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss
-from s1fast.model import Model, ModelConfig
+from s1fast.metrics import RunLog, StepRecord, peak_tflops, plot_loss, say
+from s1fast.model import Model
 from s1fast.optimizer import learning_rate
-from s1fast.packing import label_counts
+from s1fast.packing import num_steps
 from s1fast.parallel import (
     Layout,
     gpus_per_node,
@@ -44,6 +44,7 @@ from s1fast.profile import Profile, check_steps
 from s1fast.ranks import ALONE, Ranks
 from s1fast.rows import load_examples
 from s1fast.slices import Slice
+from s1fast.snapshot import Snapshot, newest
 from s1fast.snapshot_writer import SnapshotWriter
 from s1fast.step import Trainer, attention_backend, data_sha256
 
@@ -63,8 +64,16 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     console = console or Console(quiet=layout.rank > 0)
     try:
         result = _train(config, layout, console)
-    except InputError:  # known to all ranks; after another error some may not answer any more
+    except InputError:
+        # Known to all ranks, or the first's of its log, after a step that all have launched. After
+        # another error some may not answer any more.
         leave()
+        raise
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            "s1fast plan tells what a recipe takes; less: a smaller microbatch_tokens or "
+            'activation_gb, recompute = "full", optim.moments = "bfloat16"'
+        )
         raise
     leave()
     return result
@@ -89,14 +98,11 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         else:
             load_weights(run.model, run.source)
     trainer = Trainer(config, run.model, run.examples, layout)
-    check_steps(config, trainer.num_steps)
+    start = _resume(trainer, console)
     with ranks.together():
         if ranks.rank == 0:
             make_directory(config.output)
             remove_leftovers(config.output)
-    start = _resume(trainer, console)
-    with ranks.together():
-        if ranks.rank == 0:
             write_atomic(config.output / "config.toml", to_toml(config))
     _print_facts(trainer, run.num_dropped, console)
     _print_readings(readings, layout, console)
@@ -107,18 +113,17 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
     with ranks.together():
         if ranks.rank == 0:
             plot_loss(config.output / "metrics.jsonl", config.output / "loss.png")
-    facts = f"model  {target}\nplot   {config.output / 'loss.png'}"
-    console.print(facts, highlight=False, markup=False, soft_wrap=True)
+    say(console, f"model  {target}\nplot   {config.output / 'loss.png'}")
     return target
 
 
 def _print_readings(readings: Sequence[selftest.Reading], layout: Layout, console: Console) -> None:
-    console.print(selftest.line(readings), highlight=False, soft_wrap=True)
+    say(console, selftest.line(readings))
     if layout.device.type == "cuda":
         name = torch.cuda.get_device_name(layout.device)
         nodes = layout.world // gpus_per_node(layout)
         for warning in selftest.warnings(readings, name, nodes):
-            console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+            say(console, f"warning: {warning}", "yellow")
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,9 @@ def _prepare(config: TrainConfig, layout: Layout) -> _Run:
             f"vocab_size is {model_config.vocab_size}"
         )
     examples, num_dropped = load_examples(config.data, chat, model_config.max_position_embeddings)
-    dtype = _dtype(config)
+    steps = num_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
+    check_steps(config, steps)
+    dtype = _dtype(config, layout.device)
     with torch.device("meta"):
         model = Model(model_config, compute_dtype=dtype)
     if not config.data.preview:
@@ -169,9 +176,11 @@ def _prepare(config: TrainConfig, layout: Layout) -> _Run:
 
 
 def _code_sha256() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("**/*.py")):
-        digest.update(path.read_bytes())
+    """Of all that a step runs; kernels/ by name, for in a checkout it is a link."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for pattern in ("*.py", "kernels/*.py"):
+        for path in sorted(here.glob(pattern)):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -181,114 +190,119 @@ def export(run: Path, target: Path) -> Path:
     if not recipe.exists():
         raise InputError(f"{run}: no config.toml there, so it is no training run")
     config = load_recipe(recipe)
-    saved, warnings = snapshot.newest(run / "snapshots", repair=False)
+    saved, warnings = newest(run / "snapshots", repair=False)
     if saved is None:
         raise InputError(f"{run}: no whole snapshot there{''.join(f'; {w}' for w in warnings[:1])}")
     for warning in warnings:
-        Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
-    source = find(config.model)
-    _save_snapshot(saved, read_config(source), source, target, config)
+        say(Console(stderr=True), f"warning: {warning}")
+    _save_snapshot(saved, find(config.model), target, config)
     return target
+
+
+def _exported(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether the trained model is there, which is the last thing that a run writes, as rank 0 sees
+    it."""
+    return ranks.exchange(str((config.output / "hf").exists()))[0] == "True"
 
 
 def _save_trained(trainer: Trainer, source: Path, target: Path) -> None:
     """Writes the trained model: its last snapshot, or what is in memory where none is kept."""
     c, ranks = trainer.config, trainer.layout.ranks
-    if ranks.exchange(str(target.exists()))[0] == "True":
+    if _exported(c, ranks):
         return
     if not c.checkpoint.every:
         save_model(trainer.model, source, target, getattr(torch, c.checkpoint.export_dtype))
         return
-    saved, warnings = snapshot.newest(c.output / "snapshots", repair=False, ranks=ranks)
+    saved, warnings = newest(c.output / "snapshots", repair=False, ranks=ranks)
     if saved is None or saved.step != trainer.num_steps:
         raise InputError(
             f"{'; '.join(warnings)}; the last snapshot, which the model is exported from, is lost; "
             "to repeat the steps since the one before: --checkpoint.resume"
         )
-    _save_snapshot(saved, trainer.model.config, source, target, c, ranks)
+    _save_snapshot(saved, source, target, c, ranks)
 
 
 def _save_snapshot(
-    saved: snapshot.Snapshot,
-    model: ModelConfig,
-    source: Path,
-    target: Path,
-    config: TrainConfig,
-    ranks: Ranks = ALONE,
+    saved: Snapshot, source: Path, target: Path, config: TrainConfig, ranks: Ranks = ALONE
 ) -> None:
+    dtype = getattr(torch, config.checkpoint.export_dtype)
+
     def read(name: str, part: Slice) -> None:
         saved.read(f"param/{name}", part)
 
-    dtype = getattr(torch, config.checkpoint.export_dtype)
-    save_weights(model, read, source, target, dtype, ranks)
+    save_weights(read_config(source), read, source, target, dtype, ranks)
 
 
 def _loop(trainer: Trainer, start: int, console: Console) -> None:
-    c, ranks = trainer.config, trainer.layout.ranks
-    log, peak = None, 0.0
-    with ranks.together():
-        if ranks.rank == 0:
-            peak, source = peak_tflops(trainer.device, trainer.model.compute_dtype)
-            console.print(
-                "MFU = (6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices / "
-                f"{peak:.3g} TFLOP/s ({source})",
-                highlight=False,
-                soft_wrap=True,
-            )
-            log = RunLog(
-                c.output,
-                console,
-                num_steps=trainer.num_steps,
-                start=start,
-                every=c.log.every,
-                board=c.log.tensorboard,
-            )
-    writer = None
-    if c.checkpoint.every:
-        writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep, ranks)
-    device, sharded = trainer.device, trainer.layout.mesh is not None
+    """Takes the steps that are left; a step is told when the next one has been launched."""
+    c, layout = trainer.config, trainer.layout
+    log = _open_log(trainer, start, console)
     with contextlib.ExitStack() as stack:
-        for context in (log, writer, exposed.collecting(device) if sharded else None):
-            stack.enter_context(context or contextlib.nullcontext())
-        profile = stack.enter_context(Profile(trainer.layout, c, start, console))
-        gauges = Gauges(trainer.layout)
-        pending: tuple[int, Readings] | None = None
-
-        def report() -> None:
-            """Reads the pending step's metrics: the loop's only wait for the device."""
-            if pending is None:
-                return
-            step, measured = pending[0], pending[1].wait()
-            loss, grad_norm = measured.loss, measured.grad_norm
-            if measured.bad_labels:
-                raise InputError(
-                    f"step {step + 1}: {measured.bad_labels} labels are outside the model's "
-                    "vocabulary; training stopped, the snapshots are from before; check the "
-                    "tokenizer"
-                )
-            if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-                raise InputError(
-                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped, "
-                    "the snapshots are from before; a lower optim.lr may help"
-                )
-            if log:
-                log.write(_record(trainer, step, measured, start, peak))
-
+        if log:
+            stack.enter_context(log)
+        writer = None
+        if c.checkpoint.every:
+            writer = SnapshotWriter(c.output / "snapshots", c.checkpoint.keep, layout.ranks)
+            stack.enter_context(writer)
+        if layout.mesh is not None:
+            stack.enter_context(exposed.collecting(layout.device))
+        profile = stack.enter_context(Profile(layout, c, start, console))
+        gauges = Gauges(layout)
+        untold: tuple[int, Readings] | None = None
         for step in range(start, trainer.num_steps):
             with profile.step(step + 1):
                 gauges.begin()
                 readings = gauges.end(trainer.step(step))
-            report()
-            pending = (step, readings)
+            if untold:
+                _tell(trainer, log, *untold)
+            untold = (step, readings)
             done = step + 1
             if writer and (done % c.checkpoint.every == 0 or done == trainer.num_steps):
-                report()  # a snapshot of a diverged run is never written
-                pending = None
+                _tell(trainer, log, *untold)  # a snapshot of a diverged run is never written
+                untold = None
                 writer.save(done, trainer.slices(), trainer.facts)
-        report()
+        if untold:
+            _tell(trainer, log, *untold)
 
 
-def _record(trainer: Trainer, step: int, measured: Measured, start: int, peak: float) -> StepRecord:
+def _open_log(trainer: Trainer, start: int, console: Console) -> RunLog | None:
+    """The first rank's; None on the others."""
+    with trainer.layout.ranks.together():
+        if trainer.layout.rank > 0:
+            return None
+        peak, source = peak_tflops(trainer.layout.device, trainer.model.compute_dtype)
+        formula = "(6 P T + 6 V D labels + 6 L H K sum n^2) / seconds / devices"
+        say(console, f"MFU = {formula} / {peak:.3g} TFLOP/s ({source})")
+        return RunLog(
+            trainer.config.output,
+            console,
+            num_steps=trainer.num_steps,
+            start=start,
+            every=trainer.config.log.every,
+            board=trainer.config.log.tensorboard,
+            peak_tflops=peak,
+        )
+
+
+def _tell(trainer: Trainer, log: RunLog | None, step: int, readings: Readings) -> None:
+    """Waits until the step is done, the loop's only wait for the device, and logs it."""
+    measured = readings.wait()
+    loss, grad_norm = measured.loss, measured.grad_norm
+    if measured.bad_labels:
+        raise InputError(
+            f"step {step + 1}: {measured.bad_labels} labels are outside the model's vocabulary; "
+            "training stopped, the snapshots are from before; check the tokenizer"
+        )
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise InputError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped, "
+            "the snapshots are from before; a lower optim.lr may help"
+        )
+    if log:
+        log.write(_record(trainer, log, step, measured))
+
+
+def _record(trainer: Trainer, log: RunLog, step: int, measured: Measured) -> StepRecord:
     plan, world = trainer.plan(step), trainer.layout.world
     num_tokens, step_s, elapsed_s = sum(plan.seqlens), measured.step_s, measured.elapsed_s
     tflops = sum(plan.costs) / step_s / world / 1e12
@@ -300,15 +314,15 @@ def _record(trainer: Trainer, step: int, measured: Measured, start: int, peak: f
         grad_norm=measured.grad_norm,
         lr=learning_rate(step, trainer.num_steps, trainer.config.optim),
         tokens=num_tokens,
-        labels=plan.num_labels,
+        labels=sum(plan.labels),
         step_s=step_s,
         tokens_per_s=num_tokens / step_s / world,
         tflops=tflops,
-        mfu=tflops / peak,
+        mfu=tflops / log.peak_tflops,
         imbalance=imbalance(plan.passes, plan.costs),
         exposed_s=measured.exposed_s,
         peak_bytes=measured.peak_bytes,
-        eta_s=elapsed_s / (step + 1 - start) * (trainer.num_steps - step - 1),
+        eta_s=elapsed_s / (step + 1 - log.start) * (trainer.num_steps - step - 1),
         dollars=price * elapsed_s / 3600,
     )
 
@@ -328,10 +342,10 @@ def _device(config: TrainConfig) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _dtype(config: TrainConfig) -> torch.dtype:
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if _device(config).type == "cuda" else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _check_output(config: TrainConfig) -> None:
@@ -361,11 +375,11 @@ def _resume(trainer: Trainer, console: Console) -> int:
     config, ranks = trainer.config, trainer.layout.ranks
     if not config.checkpoint.resume:
         return 0
-    saved, warnings = snapshot.newest(config.output / "snapshots", repair=True, ranks=ranks)
+    saved, warnings = newest(config.output / "snapshots", repair=True, ranks=ranks)
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        say(console, f"warning: {warning}", "yellow")
     if saved is None:
-        return 0
+        return trainer.num_steps if _exported(config, ranks) else 0
     for name, value in trainer.facts.items():
         if saved.facts.get(name) != value:
             raise InputError(
@@ -374,29 +388,26 @@ def _resume(trainer: Trainer, console: Console) -> int:
             )
     with ranks.together():
         trainer.restore(saved)
-    console.print(f"resuming after step {saved.step}", highlight=False)
+    say(console, f"resuming after step {saved.step}")
     return saved.step
 
 
 def _print_facts(trainer: Trainer, num_dropped: int, console: Console) -> None:
-    c, examples = trainer.config, trainer.examples
-    tokens = sum(len(example.ids) for example in examples)
+    c = trainer.config
     parameters = sum(p.numel() for p in trainer.model.parameters())
     layout = trainer.layout
     over = ""
     if layout.world > 1:
         over = f", over {layout.world} ranks: streams {layout.num_groups} x {layout.ulysses}"
     left_out = f", {num_dropped} left out as too long" if num_dropped else ""
-    console.print(
+    say(
+        console,
         f"model  {c.model}, {parameters:,} parameters, {trainer.device} "
         f"{trainer.model.compute_dtype}, {trainer.attention} attention\n"
-        f"data   {len(examples):,} sequences, {tokens:,} tokens, "
-        f"{sum(label_counts(examples)):,} with loss{left_out}\n"
+        f"data   {len(trainer.seqlens):,} sequences, {sum(trainer.seqlens):,} tokens, "
+        f"{sum(trainer.labels):,} with loss{left_out}\n"
         f"run    {trainer.num_steps} steps of {c.batch_size}, {trainer.steps_per_epoch} an epoch"
         f"{over}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
 
 

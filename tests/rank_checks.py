@@ -503,6 +503,16 @@ def compiled(world: Layout) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+@check(2, 3)
+def texts_go_over_gloo(world: Layout) -> None:
+    """Of different lengths, empty, with trailing blanks and more than a byte a character."""
+    rank, everyone = world.rank, range(world.world)
+    for text in ("", "0", "é ", "\n"):
+        assert world.ranks.exchange(text * rank) == [text * other for other in everyone]
+        back = [text * (world.world - other) for other in everyone]
+        assert world.ranks.exchange(back[rank]) == back
+
+
 @check(2, 4)
 def smallest(world: Layout) -> None:
     assert world.smallest(100 - world.rank) == 101 - world.world

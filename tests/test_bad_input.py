@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -269,7 +270,8 @@ BAD_VALUES = (
     "microbatch_tokens=0 data.max_length=1 data.preview=-1 optim.lr=-1e-5 optim.lr=nan "
     "optim.betas=1.0,0.9 optim.betas=0.9,-0.1 optim.betas=nan,0.9 optim.eps=0 "
     "optim.weight_decay=inf optim.warmup_ratio=1.5 optim.clip_norm=0 checkpoint.every=-1 "
-    "checkpoint.keep=0 log.every=0 log.dollars_per_hour=-2 profile=12:10 output=\udcff"
+    "checkpoint.keep=0 log.every=0 log.dollars_per_hour=-2 log.dollars_per_hour=inf "
+    "profile=12:10 output=\udcff"
 )
 
 
@@ -594,6 +596,18 @@ def test_config_is_its_own_recipe(
     path = tmp_path_factory.getbasetemp() / "recipe.toml"
     path.write_bytes(to_toml(config).encode())
     assert load_recipe(path) == config
+
+
+def test_memory_grows_unless_told_otherwise(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reads it when it first takes memory of a GPU; what the user has set stays."""
+    found = []
+    name = "PYTORCH_ALLOC_CONF"
+    monkeypatch.delenv(name, raising=False)  # another test's
+    monkeypatch.setattr("s1fast.trainer.train", lambda config: found.append(os.environ.get(name)))
+    for environment in ({}, {name: "mine"}, {"PYTORCH_CUDA_ALLOC_CONF": "mine"}):
+        with patch.dict(os.environ, environment):
+            cli._train([str(work / "recipe.toml")])
+    assert found == ["expandable_segments:True", "mine", None]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)

@@ -116,6 +116,13 @@ def test_every_variant_is_listed_with_its_time_or_its_reason() -> None:
     assert "ours over the best of theirs" in lines[-1]
 
 
+def test_ligers_kernels_reach_only_their_own_variants() -> None:
+    """They are put into transformers' classes and stay there, so whoever has them comes last."""
+    with_liger = [variant.liger for variant in single_gpu_sft.variants(liger=True)]
+    assert with_liger == [False] * 16 + [True] * 16
+    assert not any(variant.liger for variant in single_gpu_sft.variants(liger=False))
+
+
 def test_peers_can_be_chosen() -> None:
     problem = make(True, CPU, "1.5B", "full")
     assert (problem.config.recompute, problem.model.num_attention_heads) == ("full", 4)
@@ -141,17 +148,17 @@ def test_varlen_attention_is_told_of_boundaries_and_groups(
     from transformers import AttentionInterface
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
-        assert torch.equal(cu_q, cu_k) and max_q == max_k and window_size == (-1, 0)
+        assert torch.equal(cu_q, cu_k) and max_q == max_k == 4 and window_size == (-1, 0)
         return packed_attention(q, k, v, cu_q, max_q, backend="reference")
 
     module = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(module, "varlen_attn", stand_in)
-    bounds = [torch.tensor([0, 3, 7], dtype=torch.int32)]
+    bounds = [torch.tensor([0, 3, 7], dtype=torch.int32), 4]
     name = single_gpu_sft._register_varlen(bounds)
     q, k, v = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
     out, _ = AttentionInterface()[name](None, q, k, v, None)
     rows = [x[0].transpose(0, 1).bfloat16() for x in (q, k, v)]
-    expected = packed_attention(*rows, bounds[0], 7, backend="reference")
+    expected = packed_attention(*rows, *bounds, backend="reference")
     assert torch.equal(out[0], expected)
 
 

@@ -36,13 +36,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "snapshot_writer": {"errors", "files", "ranks", "slices", "snapshot", "tensor_files"},
     "automaton": {"errors", "kernels"},
     "budget": {"automaton", "chat", "errors"},
-    "balance": set(),
     "build": {"errors", "files"},
     "matmul": {"build", "errors", "kernels"},
     "packing": {"chat"},
     "rows": {"chat", "config", "errors", "files", "hub"},
     "model": {"errors", "kernels", "slices"},
-    "recompute": {"kernels", "model"},
     "exposed": set(),
     "heartbeat": set(),
     "ulysses": {"exposed", "kernels"},
@@ -53,18 +51,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "selftest": {"parallel", "rates"},
     "optimizer": {"config", "kernels"},
     "metrics": {"errors", "files", "model"},
+    "recompute": {"kernels", "metrics", "model"},
+    "balance": {"config", "metrics", "model", "packing"},
     "checkpoint": {"errors", "files", "model", "ranks", "slices", "tensor_files"},
     "planner": {"balance", "config", "metrics", "model", "packing", "parallel", "rates"}
     | {"recompute"},
-    "plan_report": {"files", "metrics", "planner", "rates"},
+    "plan_report": {"metrics", "planner", "rates"},
     "plan": {"chat", "checkpoint", "config", "errors", "fake_ranks", "files", "kernels"}
-    | {"model", "packing"}
+    | {"metrics", "model", "packing"}
     | {"plan_report", "planner", "published", "rates", "recompute", "rows"},
     "kv_cache": {"kernels", "model"},
     "step": {"balance", "chat", "config", "errors", "kernels", "metrics", "model", "optimizer"}
     | {"packing", "parallel", "recompute", "slices", "snapshot", "ulysses"},
     "gauges": {"exposed", "parallel", "step"},
-    "profile": {"config", "errors", "files", "parallel"},
+    "profile": {"config", "errors", "files", "metrics", "parallel"},
     "trainer": {"balance", "chat", "checkpoint", "config", "errors", "exposed", "files", "gauges"}
     | {"hub", "metrics", "model", "optimizer", "packing", "parallel", "profile", "ranks", "rows"}
     | {"selftest", "slices", "snapshot", "snapshot_writer", "step"},
@@ -313,6 +313,7 @@ def test_wheel(tmp_path: Path) -> None:
         installed = tmp_path / "installed" / name
         assert installed.read_bytes() == path.read_bytes(), f"{name} is not in the wheel"
     assert {"s1fast/py.typed", "s1fast/page/index.html", "s1fast/page/page.js"} <= names
+    assert {f"s1fast/{relative(path)}" for path in ROOT.glob("bench/results/*.json")} <= names
     code = "import s1fast, s1fast.kernels.rope as r; print(s1fast.__file__, r.__file__)"
     found = python(code, cwd=tmp_path, path=tmp_path / "installed").split()
     assert all(Path(file).is_relative_to(tmp_path / "installed") for file in found)

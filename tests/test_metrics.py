@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import sys
 import zlib
@@ -168,7 +169,14 @@ def record(step: int, **values: Any) -> StepRecord:
 @contextmanager
 def run_log(folder: Path, **values: Any) -> Iterator[tuple[RunLog, io.StringIO]]:
     out = io.StringIO()
-    options = {"num_steps": 10, "start": 0, "every": 1, "board": False, **values}
+    options = {
+        "num_steps": 10,
+        "start": 0,
+        "every": 1,
+        "board": False,
+        "peak_tflops": 1.0,
+        **values,
+    }
     with RunLog(folder, Console(file=out, width=200), **options) as log:
         yield log, out
 
@@ -221,6 +229,14 @@ def test_records_reach_the_file_at_once(tmp_path: Path) -> None:
     with run_log(tmp_path) as (log, _):
         log.write(record(1))
         assert [line["step"] for line in records(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    with run_log(tmp_path) as (log, _):
+        (tmp_path / "metrics.jsonl").unlink()
+        os.dup2(os.open("/dev/full", os.O_WRONLY), log._file.fileno())
+        with pytest.raises(InputError, match=r"metrics\.jsonl: cannot be written: No space left"):
+            log.write(record(1))
 
 
 def test_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,3 +375,16 @@ def test_tensorboard_can_be_left_out(
         loud, log=LogConfig(tensorboard=False), checkpoint=CheckpointConfig(every=0, resume=True)
     )
     assert (train(again, Console(file=out)) / "config.json").exists()
+
+
+def test_running_out_of_memory_names_the_remedies(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, step: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("s1fast.step.Trainer.step", full)
+    quiet = replace(config, output=tmp_path / "run", log=LogConfig(tensorboard=False))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(quiet, Console(file=io.StringIO()))
+    assert "a smaller microbatch_tokens" in caught.value.__notes__[0]

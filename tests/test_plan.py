@@ -170,6 +170,7 @@ def test_measured_rates_replace_assumed_ones(tmp_path: Path) -> None:
         "a.json": result("NVIDIA H100 80GB HBM3", 2950.0, "2026-01-02"),
         "void.json": result("NVIDIA H100 80GB HBM3", 100.0, "2026-01-03", void=True),
         "other.json": result("NVIDIA H200", 4100.0, "2026-01-04"),
+        "pcie.json": result("NVIDIA H100 PCIe", 1800.0, "2026-01-07"),
         "cpu.json": {"environment": {"device": "CPU", "timestamp": "2026-01-05"}},
     }
     for name, content in files.items():
@@ -208,11 +209,11 @@ def small() -> ModelConfig:
     )
 
 
-@pytest.mark.parametrize("policies", [("none",) * 8, ("gate_up",) * 3 + ("none",) * 5])
-def test_few_layers_foretell_many(policies: tuple[Any, ...]) -> None:
+def test_few_layers_foretell_many() -> None:
     """The extrapolated peak is that of the whole model, to one part in 200: allocations are rounded
     up to whole blocks, and a layer's place among the others decides what is in flight beside it."""
     config, tokens = small(), 4096
+    policies: tuple[Any, ...] = ("gate_up",) * 3 + ("none",) * 5
     foretold = sum(peak(config, 4, 2, tokens, policies).values())
     (whole,) = in_process(config, 4, 2, tokens, [policies])
     assert foretold == pytest.approx(sum(whole.values()), rel=5e-3)
@@ -298,6 +299,8 @@ def test_what_does_not_fit_is_refused_with_the_remedy(tracked: dict[str, float])
         ({"gpus_per_node": -1}, "gpus_per_node: must be at least 1"),
         ({"batch_size": 0}, "batch_size: must be at least 1"),
         ({"lengths": Path("/nowhere/lengths")}, "/nowhere/lengths"),
+        ({"dtype": "float32"}, "dtype: only bfloat16 can be planned"),
+        ({"results": Path("/nowhere")}, "results: /nowhere is no folder"),
         (
             {"data": DataConfig(path="simplescaling/s1K", max_length=4096)},
             "862 sequences are above the limit of 4096",
@@ -314,9 +317,10 @@ def test_lengths_from_a_file(tmp_path: Path) -> None:
     path.write_text("5000\n\n 700 \n")
     config = dataclasses.replace(S1, lengths=path)
     assert list(find_sequences(config, config32()).lengths) == [5000, 700]
-    path.write_text("5000\nmany\n")
-    with pytest.raises(InputError, match=r"lengths\.txt: line 2: expected a count"):
-        find_sequences(config, config32())
+    for wrong in ("many", "0", "-3", "9" * 5000):
+        path.write_text(f"5000\n{wrong}\n")
+        with pytest.raises(InputError, match=r"lengths\.txt: line 2: expected a count"):
+            find_sequences(config, config32())
     path.write_text("\n")
     with pytest.raises(InputError, match="no lengths"):
         find_sequences(config, config32())
@@ -334,7 +338,10 @@ def test_real_data_are_tokenised(
     assert len(found.lengths) == 1 and 0 < found.labels[0] < found.lengths[0]
 
 
-def test_dry_run_prints_the_plan(tracked: dict[str, float]) -> None:
+def test_dry_run_prints_the_plan(
+    tracked: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, however many ranks there are."""
     recipe = TrainConfig(
         model=QWEN,
         data=S1.data,
@@ -346,6 +353,9 @@ def test_dry_run_prints_the_plan(tracked: dict[str, float]) -> None:
     dry_run(recipe, Console(file=out, width=200))
     assert "plan       2 x 8 H100: " in out.getvalue()
     assert "1.5 $ a GPU-hour, assumed: log.dollars_per_hour" in out.getvalue()
+    monkeypatch.setenv("RANK", "1")
+    dry_run(recipe, Console(file=(silent := io.StringIO())))
+    assert not silent.getvalue()
 
 
 def test_the_outlook_is_the_plans_last_line() -> None:

@@ -315,7 +315,11 @@ def test_a_trace_that_cannot_be_written(
     assert not list((tmp_path / "run" / "profile").iterdir())
 
 
-def test_steps_beyond_the_run(config: TrainConfig, tmp_path: Path) -> None:
+def test_steps_beyond_the_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the weights are loaded, which may take minutes."""
+    monkeypatch.delattr("s1fast.trainer.load_weights")
     beyond = replace(config, output=tmp_path / "run", profile="6:7")
     with pytest.raises(InputError, match="profile: 6:7 goes beyond the run's 6 steps"):
         train(beyond, Console(file=io.StringIO()))

@@ -1,19 +1,18 @@
-"""What one rank finds out all know; the texts go over gloo as they are."""
+"""What one rank finds out all know. That texts go over gloo as they are is in rank_checks.py."""
 
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rank_threads import all_ranks, on_ranks
+from s1fast import trainer
 from s1fast.errors import InputError
 from s1fast.parallel import own_part
-from s1fast.ranks import ALONE, Ranks, process_group
+from s1fast.ranks import ALONE, Ranks
 
 
 def test_one_rank_alone() -> None:
@@ -58,27 +57,6 @@ def test_a_block_fails_on_all_ranks_or_none() -> None:
     assert str(last) == str(first)
 
 
-def _talk(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(folder / "store"), world),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    ranks = process_group()
-    assert (ranks.rank, ranks.world) == (rank, world)
-    for text in ("", "0", "é ", "\n"):
-        assert ranks.exchange(text * rank) == [text * other for other in range(world)]
-        assert ranks.exchange(text * (world - rank)) == [text * (world - r) for r in range(world)]
-    dist.destroy_process_group()
-
-
-def test_texts_go_over_gloo(tmp_path: Path) -> None:
-    """Of different lengths, empty, with trailing blanks and more than a byte a character."""
-    mp.spawn(_talk, (2, tmp_path), nprocs=2)
-
-
 def test_every_life_has_its_own_part_of_a_store() -> None:
     """Nobody reads what a dead rank left, however far it had come; a rank that comes late is
     waited for."""
@@ -96,3 +74,19 @@ def test_every_life_has_its_own_part_of_a_store() -> None:
             return ",".join(part.get(f"address/{rank}").decode() for rank in range(3))
 
         assert all_ranks(3, meet) == [",".join(3 * [str(life)])] * 3
+
+
+def test_ranks_with_other_kernels_have_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout s1fast/kernels is a link, which a search from above does not follow."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "s1fast").mkdir()
+    (tmp_path / "s1fast" / "kernels").symlink_to("../kernels")
+    kernel = tmp_path / "kernels" / "rope.py"
+    monkeypatch.setattr(trainer, "__file__", str(tmp_path / "s1fast" / "trainer.py"))
+    found = set()
+    for text in ("a = 1", "a = 2"):
+        kernel.write_text(text)
+        found.add(trainer._code_sha256())
+    assert len(found) == 2

@@ -255,8 +255,6 @@ def tear_metrics(setup: Setup, output: Path) -> None:
 
 
 KILLED: dict[str, list[Kill]] = {
-    "between two steps": [steps_logged(7)],
-    "while a snapshot is written": [when(writing_a_snapshot)],
     "at its start, and at its end": [
         at(("files.os.fsync", 1)),  # config.toml is not in place yet
         at(("checkpoint.write_tensors", 1)),  # the export has begun
@@ -270,6 +268,9 @@ KILLED: dict[str, list[Kill]] = {
 }
 
 MORE: dict[str, list[Kill]] = {
+    # As test_resume_ranks.py's random deaths, but from outside.
+    "between two steps": [steps_logged(7)],
+    "while a snapshot is written": [when(writing_a_snapshot)],
     # Every file and folder is flushed before it is renamed: a sweep over the whole run.
     **{f"at flush {n}": [at(("files.os.fsync", n))] for n in (2, 3, 4, 9, 17, 30, 46, 61)},
     "before the last old snapshot goes": [at(("snapshot_writer.shutil.rmtree", 8))],
@@ -281,7 +282,7 @@ MORE: dict[str, list[Kill]] = {
 
 @pytest.mark.parametrize(
     "cases",
-    [pytest.param(KILLED, id="four"), pytest.param(MORE, id="twelve", marks=pytest.mark.slow)],
+    [pytest.param(KILLED, id="two"), pytest.param(MORE, id="fourteen", marks=pytest.mark.slow)],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
     cases: dict[str, list[Kill]], setup: Setup, tmp_path: Path
@@ -388,6 +389,19 @@ def test_a_damaged_snapshot_costs_only_its_steps(
     assert f"warning: {run}/snapshots/step-{STEPS:06}" in done.stdout
     assert f"resuming after step {STEPS - EVERY}" in done.stdout
     assert_same_outcome(run, setup.whole, "damaged")
+
+
+def test_a_run_that_is_done_is_not_repeated(
+    setup: Setup, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it has kept no snapshot to go on from."""
+    run = tmp_path / "run"
+    shutil.copytree(setup.whole, run)
+    shutil.rmtree(run / "snapshots")
+    monkeypatch.delattr("s1fast.step.Trainer.step")
+    done = command([*resume(setup, run), "--checkpoint.every", "0"])
+    assert done.returncode == 0, done.stderr
+    assert (run / "metrics.jsonl").read_bytes() == (setup.whole / "metrics.jsonl").read_bytes()
 
 
 def test_when_all_are_damaged_the_run_starts_anew(

@@ -150,7 +150,7 @@ def test_killed_while_saving(setup: Setup, tmp_path: Path) -> None:
     assert survive(setup, tmp_path, 2, list(SAVING), random.Random(0)) == len(SAVING)
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random(count: int, setup: Setup, tmp_path: Path) -> None:
     """Either of two ranks, at any call that matters or any time; the run ends in the same bits."""
     draw = random.Random(count)

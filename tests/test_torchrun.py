@@ -101,6 +101,7 @@ def setup(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     assert done.stdout.count("step 12/12") == 1, "one rank prints, the other does not"
     assert "over 2 ranks: streams 1 x 2" in done.stdout
     assert " exposed " in done.stdout
+    assert "deprecated" not in done.stderr
     return Setup(recipe, doomed, folder / "whole")
 
 
@@ -202,3 +203,28 @@ def test_a_rank_that_falls_silent_ends_all(setup: Setup, tmp_path: Path) -> None
     done = torchrun(2, str(setup.doomed), "SIGSTOP", "3", "", *command)
     assert done.returncode != 0
     assert "rank 0: nothing heard from rank 1 for 6 s" in done.stderr
+
+
+def test_slurm_starts_a_rank_a_gpu(tmp_path: Path) -> None:
+    """Whose cores srun must be told of; scontrol goes on listing nodes after the first."""
+    for name, body in (
+        ("scontrol", "echo n1; sleep 0.1; echo n2"),
+        ("srun", 'printf "%s\\n" "$@"'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"JOB_NODELIST": "n[1-2]", "JOB_NUM_NODES": "2", "JOB_ID": "7", "CPUS_PER_TASK": "64"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "recipes" / "s1-32b.slurm"), "mine.toml", "--optim.lr", "2e-5"],
+        env={f"SLURM_{name}": value for name, value in given.items()}
+        | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = done.stdout.split()
+    for flag, value in (("--cpus-per-task", "64"), ("--nnodes", "2"), ("--nproc-per-node", "8")):
+        assert said[said.index(flag) + 1] == value
+    assert said[said.index("--rdzv-endpoint") + 1] == "n1:29500"
+    run = ["-m", "s1fast", "train", "mine.toml", "--checkpoint.resume", "--optim.lr", "2e-5"]
+    assert said[-len(run) :] == run

@@ -42,6 +42,7 @@ from s1fast.request import (
     Request,
     SamplingParams,
     compile_request,
+    joined,
 )
 from s1fast.row import Row
 from s1fast.tensor_parallel import Ranks, load_shard
@@ -355,10 +356,11 @@ class Engine:
             for index, (request, (ids, cells)) in enumerate(zip(requests, compiled, strict=True)):
                 self._jobs += 1
                 job, n = self._jobs, request.params.n
-                handle = Handle(job, n, len(cells), self.cancel, streaming)
+                ordered = trunk_first(cells)
+                longest = ordered[0].number
+                handle = Handle(job, n, len(cells), longest, self.cancel, streaming)
                 self._handles[job] = handle
                 handles.append(handle)
-                ordered = trunk_first(cells)
                 for i in range(n):
                     what = (ids, request.params, ordered)
                     self._fresh.append(_Sample(job, (job, i), index, i, *what))
@@ -468,14 +470,30 @@ class Engine:
 
     def _emit(self, row: Row, pieces: list[Piece], done: list[tuple[int, Completion]]) -> None:
         handle = self._handles.get(row.job)
-        if handle is None or not (done or (pieces and handle.streaming)):
+        if handle is None:
             return
-        branch = len(row.order) > 2  # a tree shows its trunk alone
+        told = list(_told(row, pieces)) if handle.streaming else []
+        if not (told or done):
+            return
         first = row.sample * handle.cells
-        handle.put([] if branch else pieces, [(first + number, made) for number, made in done])
+        handle.put(
+            [(first + number, piece) for number, piece in told],
+            [(first + number, made) for number, made in done],
+        )
         if handle.finished:
             with self._lock:
                 self._handles.pop(row.job, None)
+
+
+def _told(row: Row, pieces: list[Piece]) -> Iterator[tuple[int, Piece]]:
+    """What a row's cells are told, with their numbers. A cell that joins a row which another has
+    begun is told what stands there already, in few pieces."""
+    late = row.shown < len(row.cells) and len(row.pieces) > len(pieces)
+    before = joined(row.pieces) if late else pieces
+    for count, (cell, *_) in enumerate(row.cells):
+        for piece in pieces if count < row.shown else before:
+            yield cell.number, piece
+    row.shown = len(row.cells)
 
 
 def _matrices(model: Model) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from s1fast.refusals import Refused, error_body
@@ -67,6 +67,11 @@ def failure_body(name: str) -> dict[str, Any]:
     """What the client is told of it."""
     message = f"the server failed on this request; its log has the reason under {name}"
     return error_body(500, message, code="internal_error")
+
+
+def late_body(timeout_s: float) -> dict[str, Any]:
+    """What the client is told whose time is up."""
+    return error_body(504, f"the answer took over {timeout_s:g} s and was ended")
 
 
 def is_loopback(host: str) -> bool:
@@ -189,7 +194,7 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Server-sent events until they end, the client leaves, or the time is up.
 
     Args:
@@ -203,35 +208,20 @@ class EventStream(Response):
         self, events: AsyncGenerator[bytes], timeout_s: float, ended: Callable[[int], None]
     ) -> None:
         self._events, self._timeout_s, self._ended = events, timeout_s, ended
-        super().__init__(None, headers={"cache-control": "no-store"})
-        del self.headers["content-length"]
+        super().__init__(events, headers={"cache-control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-
-        async def pump() -> None:
-            await send(head)
-            async for chunk in self._events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-        tasks = [asyncio.create_task(pump()), asyncio.create_task(gone(receive))]
-        done: set[asyncio.Task[None]] = set(tasks)
+        late = False
         try:
-            done, _ = await asyncio.wait(
-                tasks, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            async with asyncio.timeout(self._timeout_s):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            late = True
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
             await self._events.aclose()
-            self._ended(CLIENT_LEFT if done else 504)
-        if not done:
-            message = f"the answer took over {self._timeout_s:g} s and was ended"
-            last = event(error_body(504, message))
+            self._ended(504 if late else CLIENT_LEFT)
+        if late:
+            last = event(late_body(self._timeout_s))
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(5):
                     await send({"type": "http.response.body", "body": last, "more_body": False})
-        elif tasks[0] in done:
-            tasks[0].result()

@@ -43,6 +43,8 @@ class Row:
         self.cells: list[tuple[Cell, Automaton, int]] = []
         """The completions that this row makes: cell, its automaton, steps that were another's."""
         self.pieces: list[Piece] = []
+        self.shown = 0
+        """So many of its cells have been shown the pieces before those that come."""
         self.steps = 0
         self.automaton = Automaton(cells[0].program)
         self.waiting_cells: list[Cell] = list(cells[1:])

@@ -165,7 +165,7 @@ def test_a_budget_tree_is_a_choice_a_cell(served: InProcess, stream: bool) -> No
             for each in mine
         ]
         choices = [each[-1] for each in mine]
-        assert len(mine[1]) > 10 and len(mine[0]) == 2, "the longest cell is streamed"
+        assert all(len(each) > 4 for each in mine), "every cell is streamed"
     assert texts == [(c.thinking, c.answer) for c in wanted]
     for choice, done, (budget, ignore) in zip(choices, wanted, grid, strict=True):
         s1 = choice["s1"]

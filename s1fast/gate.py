@@ -32,6 +32,9 @@ OPEN_PATHS = ("/", "/page.css", "/page.js", "/health", "/metrics")
 READ_S = 30.0
 """Longest time that a body may take to arrive."""
 
+READ_ON = 8
+"""So many times its limit a body is read and dropped: who is still sending sees no answer."""
+
 CLIENT_LEFT = 499
 """Status of a request whose client left, for the log and the metrics; nobody reads it."""
 
@@ -98,9 +101,6 @@ class Gate:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         name = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = name
         started = False
@@ -149,7 +149,8 @@ class Gate:
         close = {"connection": "close"}
         refused = Refused(413, f"the body is above {limit} bytes", headers=close)
         declared = headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > limit:
+        waits = "expect" in headers  # for our word before it sends
+        if declared.isdigit() and int(declared) > (1 if waits else READ_ON) * limit:
             raise refused
         chunks, size = [], 0
         try:
@@ -158,11 +159,13 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ConnectionResetError
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > limit:
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(chunk)
+                    if size <= limit:
+                        chunks.append(chunk)
+                    elif not more or size > READ_ON * limit:
                         raise refused
-                    if not message.get("more_body", False):
+                    if not more:
                         return b"".join(chunks)
         except TimeoutError:
             raise Refused(408, f"the body took over {READ_S:g} s", headers=close) from None

@@ -42,7 +42,6 @@ from s1fast.request import (
     Request,
     SamplingParams,
     compile_request,
-    joined,
 )
 from s1fast.row import Row
 from s1fast.tensor_parallel import Ranks, load_shard
@@ -472,28 +471,16 @@ class Engine:
         handle = self._handles.get(row.job)
         if handle is None:
             return
-        told = list(_told(row, pieces)) if handle.streaming else []
-        if not (told or done):
-            return
         first = row.sample * handle.cells
-        handle.put(
-            [(first + number, piece) for number, piece in told],
-            [(first + number, made) for number, made in done],
-        )
+        told = row.told(pieces) if handle.streaming else []
+        if told or done:
+            handle.put(
+                [(first + number, piece) for number, piece in told],
+                [(first + number, made) for number, made in done],
+            )
         if handle.finished:
             with self._lock:
                 self._handles.pop(row.job, None)
-
-
-def _told(row: Row, pieces: list[Piece]) -> Iterator[tuple[int, Piece]]:
-    """What a row's cells are told, with their numbers. A cell that joins a row which another has
-    begun is told what stands there already, in few pieces."""
-    late = row.shown < len(row.cells) and len(row.pieces) > len(pieces)
-    before = joined(row.pieces) if late else pieces
-    for count, (cell, *_) in enumerate(row.cells):
-        for piece in pieces if count < row.shown else before:
-            yield cell.number, piece
-    row.shown = len(row.cells)
 
 
 def _matrices(model: Model) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from s1fast.budget import ANSWER_ROOM, Budget
 from s1fast.chat import Chat
 from s1fast.errors import InputError
+from s1fast.flags import ThinkingFlags
 from s1fast.request import Request, SamplingParams
 
 MOST_CHOICES = 128
@@ -265,23 +266,11 @@ class CompletionAsked(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defaults:
+class Defaults(ThinkingFlags):
     """What a request gets that does not say it."""
 
     max_thinking_tokens: int | Literal["auto", "none"] = "auto"
     """Most thinking tokens of a chat: a count, auto (what the context leaves), or none."""
-    min_thinking_tokens: int = 0
-    """Thinking cannot end before this many tokens."""
-    num_ignore: int | None = None
-    """How many times the end of thinking is ignored."""
-    ignore_text: tuple[str, ...] = ("Wait",)
-    """Appended for each ignored end; several are used in turn."""
-    final_text: str = "Final Answer:"
-    """Appended after the answer marker when thinking is cut."""
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    max_tokens: int | None = None
-    """Most tokens generated in all; the whole context unless given."""
 
     def __post_init__(self) -> None:
         Budget(

@@ -203,14 +203,10 @@ def serve(model: str, config: ServeConfig) -> None:
     with bind(config.host, config.port) as bound:
         engine = Engine(
             model,
-            device=config.device,
-            dtype=config.dtype,
-            markers=config.markers,
+            **vars(config.engine),
             max_batch=config.max_batch,
             step_tokens=max(512, config.max_batch),
             cache_tokens=config.cache_tokens,
-            speculate=config.speculate,
-            matmul=config.matmul,
         )
         _warm(engine)
         name = config.served_model_name or Path(model).name

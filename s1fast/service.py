@@ -12,13 +12,14 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
 from s1fast.decoder import Engine
 from s1fast.errors import InputError
+from s1fast.flags import EngineFlags
 from s1fast.gate import CLIENT_LEFT, failure_body, gone, late_body, log, log_failure
 from s1fast.handle import Handle
 from s1fast.protocol import MOST_CHOICES, Asked, ChatAsked, Defaults, to_requests
@@ -54,20 +55,11 @@ class ServeConfig:
     """Longest time that a request may take."""
     drain_s: int = 30
     """After SIGTERM: how long requests that run may take to finish."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision; auto is bfloat16 on GPU and float32 on CPU."""
-    markers: Literal["auto", "s1", "s1.1", "think"] = "auto"
-    """Between which the model thinks: s1's, or <think> and </think>; auto: by the vocabulary."""
     max_batch: int = 64
     """Choices that are decoded together."""
     cache_tokens: int | None = None
     """Positions of the KV cache; unless given, 2 GiB of them on a CPU, what is free on a GPU."""
-    speculate: int = 0
-    """Draft up to so many tokens a step from what was written before; changes no token."""
-    matmul: Literal["torch", "cuda"] = "torch"
-    """Products of a GPU's steps: cuBLAS, or for up to 8 tokens on an H100 or H200 ours (csrc)."""
+    engine: EngineFlags = field(default_factory=EngineFlags)
 
     def __post_init__(self) -> None:
         rules = [

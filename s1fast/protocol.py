@@ -41,7 +41,7 @@ NEUTRAL: dict[str, Any] = {
     "ignore_eos": False,
     "tools": [],
     "tool_choice": "none",
-    "parallel_tool_calls": None,
+    "parallel_tool_calls": True,
     "functions": [],
     "function_call": "none",
     "response_format": {"type": "text"},

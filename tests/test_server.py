@@ -349,7 +349,13 @@ BUDGET, AUTO = {"thinking_token_budget": 5}, {"thinking_token_budget": "auto"}
         ({"messages": [{**ASK[0], "x": 1}]}, 400, "messages[0].x", "does not honour"),
         ({"messages": [{**ASK[0], "tool_calls": [1]}]}, 400, "messages[0].tool_calls", "honour"),
         ({"messages": [{**ASK[0], "reasoning": "m"}]}, 400, "messages[0]", "assistant's"),
-        ({"messages": [{**ASK[0], "content": [IMAGE]}]}, 400, "messages[0].content", "string"),
+        (
+            {"messages": [{**ASK[0], "content": [IMAGE]}]},
+            400,
+            "messages[0].content[0].type",
+            "'text'",
+        ),
+        ({"stop": ["a", 5]}, 400, "stop[1]", "valid string"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "messages", "context"),
         (
             {"messages": [{"role": "user", "content": "\ud800"}]},
@@ -430,6 +436,7 @@ def test_what_is_not_honoured_is_named(
     [
         {"stop": []},
         {"stop": None, "tools": None, "tool_choice": "none", "logit_bias": {}, "user": "u"},
+        {"parallel_tool_calls": True, "store": False, "service_tier": "auto"},
         {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "top_k": -1},
         {
             "response_format": {"type": "text"},

@@ -22,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -94,18 +95,15 @@ def make_app(engine: Engine, model: str, config: ServeConfig, keys: list[str]) -
             raise Refused(404, message, "model", "model_not_found")
         return card
 
-    @app.get("/health")
-    async def health() -> Response:
-        return Response()
-
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    same = {"/health": Response()}
     for path, kind in PAGE_FILES.items():
         text = (PAGE / (path[1:] or "index.html")).read_bytes()
-        page = Response(text, media_type=kind, headers=PAGE_HEADERS)
-        app.add_api_route(path, _always(page), include_in_schema=False)
+        same[path] = Response(text, media_type=kind, headers=PAGE_HEADERS)
+    app.router.routes += [Route(path, always, methods=["GET"]) for path, always in same.items()]
 
     @app.exception_handler(Refused)
     async def refused(http: Http, error: Refused) -> Response:
@@ -131,13 +129,6 @@ def make_app(engine: Engine, model: str, config: ServeConfig, keys: list[str]) -
         return JSONResponse(failure_body(http.state.request_id), 500)  # the gate logs it
 
     return Gate(app, keys, config.body_bytes)
-
-
-def _always(response: Response) -> Any:
-    async def page() -> Response:
-        return response
-
-    return page
 
 
 # -- the process --------------------------------------------------------------------------------

@@ -104,7 +104,6 @@ class Timing:
         self.began_s, self.first_s = time.perf_counter(), 0.0
         self._last_s: dict[int, float] = {}
         metrics.waiting.inc()
-        self._open = True
 
     def piece(self, index: int) -> None:
         """One of that choice came."""
@@ -123,12 +122,10 @@ class Timing:
         return self._last_s.get(index, self.first_s) - self.first_s
 
     def end(self, *, whole: bool) -> None:
-        """The request is over; once."""
-        if self._open:
-            self._open = False
-            (self._metrics.running if self.first_s else self._metrics.waiting).dec()
-            if whole:
-                self._metrics.e2e.observe(time.perf_counter() - self.began_s)
+        """The request is over."""
+        (self._metrics.running if self.first_s else self._metrics.waiting).dec()
+        if whole:
+            self._metrics.e2e.observe(time.perf_counter() - self.began_s)
 
 
 class _EngineStats:

@@ -83,9 +83,8 @@ class _Job:
     asked: Asked
     writer: Writer
     handles: list[Handle]
-    timings: list[Timing]
+    timing: Timing
     choices: int
-    began_s: float
     done: dict[int, Completion] = field(default_factory=dict)
     """By choice, as they come."""
     open: bool = True
@@ -127,24 +126,21 @@ class Service:
             message = f"the queue of {self.config.queue} is full; come again in {RETRY_AFTER_S} s"
             raise Refused(429, message, code="queue_full", headers=again)
         self._open += choices
-        prompts = choices // ((asked.n or 1) * asked.cells)
-        timings = [Timing(self.metrics) for _ in range(prompts)]
-        began_s = time.perf_counter()
+        timing = Timing(self.metrics)
         work = asyncio.get_running_loop().run_in_executor(None, self._submit, asked)
         try:
             handles = await asyncio.shield(work)
         except BaseException as error:
             work.add_done_callback(_cancel_made)  # where the wait alone ended
             self._open -= choices
-            for timing in timings:
-                timing.end(whole=False)
+            timing.end(whole=False)
             if isinstance(error, InputError):
                 raise refused_input(error, asked, self.engine.chat) from None
             raise
         prefix = "chatcmpl" if isinstance(asked, ChatAsked) else "cmpl"
         marker = self.engine.chat.markers.answer
         writer = Writer(asked, f"{prefix}-{name}", marker, self.model, int(time.time()))
-        return _Job(name, asked, writer, handles, timings, choices, began_s)
+        return _Job(name, asked, writer, handles, timing, choices)
 
     def _submit(self, asked: Asked) -> list[Handle]:
         """Texts to ids, and ids to the engine; on a thread."""
@@ -215,18 +211,17 @@ class Service:
 
     async def _read(self, job: _Job, number: int) -> AsyncIterator[tuple[int, Piece | Completion]]:
         """What the engine gives for a prompt, by choice, counted on the way."""
-        timing, count = job.timings[number], job.choices // len(job.handles)
+        count = job.choices // len(job.handles)
         first = number * count
         async for place, item in job.handles[number].live():
             index = first + place
             if isinstance(item, Piece):
-                timing.piece(index)
+                job.timing.piece(index)
             else:
                 job.done[index] = item
-                self.metrics.finished(item, timing.since_first_s(index))
+                self.metrics.finished(item, job.timing.since_first_s(index))
             yield index, item
         self.metrics.prompt_done([job.done[first + place] for place in range(count)])
-        timing.end(whole=True)
 
     def end(self, job: _Job, status: int) -> None:
         """The end of a request, of whatever kind; once."""
@@ -234,8 +229,7 @@ class Service:
             return
         job.open = False
         _cancel_all(job.handles)
-        for timing in job.timings:
-            timing.end(whole=False)
+        job.timing.end(whole=status == 200)
         self._open -= job.choices
         self.metrics.ended.labels(self.model, status).inc()
         fields: dict[str, Any] = {"choices": job.choices, "stream": bool(job.asked.stream)}
@@ -243,10 +237,9 @@ class Service:
             counts = usage(job.completions, len(job.handles))
             fields |= {"prompt_tokens": counts["prompt_tokens"], **counts["s1"]}
             fields |= {"completion_tokens": counts["completion_tokens"]}
-        firsts = [t.first_s for t in job.timings if t.first_s]
-        if firsts:
-            fields["first_token_s"] = round(min(firsts) - job.began_s, 4)
-        wall_s = round(time.perf_counter() - job.began_s, 4)
+        if job.timing.first_s:
+            fields["first_token_s"] = round(job.timing.first_s - job.timing.began_s, 4)
+        wall_s = round(time.perf_counter() - job.timing.began_s, 4)
         log("request", id=job.name, status=status, wall_s=wall_s, **fields)
 
 

@@ -274,6 +274,7 @@ def test_models_health_and_what_is_not_there(served: InProcess) -> None:
     assert served.get("/v1/models/other").status == 404
     health = served.get("/health")
     assert (health.status, health.data) == (200, b"")
+    assert served.send("HEAD", "/health").status == 200  # as load balancers ask
     for method, path, status in [("GET", "/v2", 404), ("GET", CHAT, 405), ("DELETE", "/", 405)]:
         answer = served.send(method, path)
         assert answer.status == status and answer.json["error"]["type"]

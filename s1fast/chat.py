@@ -90,7 +90,8 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; special tokens written out in it become their ids."""
-        return self._encoding(text).ids
+        with _named(self.where, "the tokenizer failed on a text"):  # a batch lets others run
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _encoding(self, text: str) -> Encoding:
         with _named(self.where, "the tokenizer failed on a text"):
@@ -120,7 +121,11 @@ class Chat:
         return rendered[0]
 
     def prompt_ids(self, prompt: str | Sequence[Message], *, think: bool) -> list[int]:
-        """Ids of a question or conversation up to where the model goes on.
+        """Ids of a question or conversation up to where the model goes on: see prompt_text."""
+        return self.encode(self.prompt_text(prompt, think=think))
+
+    def prompt_text(self, prompt: str | Sequence[Message], *, think: bool) -> str:
+        """A question or conversation, rendered, up to where the model goes on.
 
         Args:
             prompt: the user's question, or messages of {"role", "content"}.
@@ -130,7 +135,7 @@ class Chat:
         text = self.render(messages, add_generation_prompt=True)
         if think and not text.rstrip().endswith(self.markers.start):
             text += self.markers.opening
-        return self.encode(text)
+        return text
 
     def marker_id(self, token: str) -> int:
         """Id of a marker that must be one token of the vocabulary."""

@@ -12,11 +12,12 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from s1fast.errors import InputError
+from s1fast.flags import EngineFlags, ThinkingFlags
 
 HELP = """\
 s1fast: the s1 recipe for test-time scaling, made fast
@@ -72,24 +73,14 @@ class GenerateConfig:
     """The user's question."""
     max_thinking_tokens: str = "auto"
     """Most thinking tokens: a count, auto (what the context leaves), or none."""
-    min_thinking_tokens: int = 0
-    """Thinking cannot end before this many tokens."""
-    num_ignore: int | None = None
-    """How many times the end of thinking is ignored."""
     budgets: str = ""
     """Several maxima, as 500,1000,auto,none: an answer for each from one decode, as a table."""
     num_ignores: str = ""
     """Several numbers of ignores, as 0,2,4: an answer for each of the budgets."""
-    ignore_text: tuple[str, ...] = ("Wait",)
-    """Appended for each ignored end; several are used in turn."""
-    final_text: str = "Final Answer:"
-    """Appended after the answer marker when thinking is cut."""
     accounting: Literal["total", "harness"] = "total"
     """Whether the maximum holds for all thinking, or for each round as in s1's harness."""
     no_thinking: bool = False
     """Answer at once, without budget or markers."""
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
     top_k: int = 0
     """Sample among the k likeliest; 0 for all."""
     top_p: float = 1.0
@@ -98,24 +89,14 @@ class GenerateConfig:
     """Leave out tokens less likely than this share of the likeliest."""
     seed: int = 0
     """Seed of the draws."""
-    max_tokens: int | None = None
-    """Most tokens generated in all; the whole context unless given."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer."""
     logprobs: int | None = None
     """With --json: log-probabilities of what was drawn, and of so many likeliest beside it."""
-    markers: Literal["auto", "s1", "s1.1", "think"] = "auto"
-    """Between which the model thinks: s1's, or <think> and </think>; auto: by the vocabulary."""
-    speculate: int = 0
-    """Draft up to so many tokens a step from what was written before; changes no token."""
-    matmul: Literal["torch", "cuda"] = "torch"
-    """Products of a GPU's steps: cuBLAS, or for up to 8 tokens on an H100 or H200 ours (csrc)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision; auto is bfloat16 on GPU and float32 on CPU."""
     json: bool = False
     """Print one JSON object at the end instead of streaming."""
+    thinking: ThinkingFlags = field(default_factory=ThinkingFlags)
+    engine: EngineFlags = field(default_factory=EngineFlags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,14 +157,28 @@ def main() -> None:
         sys.exit(130)
 
 
-def _positional(arguments: list[str], count: int, usage: str) -> list[str]:
-    """Takes the leading arguments that are no flags; tyro parses the rest."""
-    wanted = arguments[:count]
+def _split(arguments: list[str], usage: str) -> tuple[list[str], list[str], str]:
+    """A command's leading arguments, those behind them, and its name, by its line of usage: what
+    stands there before the flags has to be given, unless help is asked for."""
+    name = re.split(r" (?:--|\[)", usage)[0]
+    count = len(name.split()) - 1
+    given = arguments[:count]
     if "-h" in arguments or "--help" in arguments:
-        return [argument for argument in wanted if not argument.startswith("-")]
-    if len(wanted) < count or any(argument.startswith("-") for argument in wanted):
+        given = [argument for argument in given if not argument.startswith("-")]
+    elif len(given) < count or any(argument.startswith("-") for argument in given):
         raise InputError(f"usage: s1fast {usage}")
-    return wanted
+    return given, arguments[len(given) :], f"s1fast {name}"
+
+
+def _without_flags(arguments: list[str], usage: str, about: str) -> list[str]:
+    """All arguments of a command that has no flags but --help."""
+    if "-h" in arguments or "--help" in arguments:
+        print(f"usage: s1fast {usage}\n\n{about}")
+        sys.exit()
+    given, more, _ = _split(arguments, usage)
+    if more:
+        raise InputError(f"usage: s1fast {usage}; {more[0]!r} is one too many")
+    return given
 
 
 def _parse(
@@ -214,11 +209,9 @@ def _parse(
 def _train(arguments: list[str]) -> None:
     from s1fast.config import TrainConfig, load_recipe
 
-    usage = "train RECIPE.toml [--key value ...]"
-    recipe = _positional(arguments, 1, usage)
+    recipe, flags, prog = _split(arguments, "train RECIPE.toml [--key value ...]")
     default = load_recipe(Path(recipe[0])) if recipe else TrainConfig()
-    prog = f"s1fast {usage.split(' [')[0]}"
-    config = _parse(TrainConfig, arguments[len(recipe) :], prog, default)
+    config = _parse(TrainConfig, flags, prog, default)
     if config.dry_run:
         from s1fast.plan import dry_run
 
@@ -236,33 +229,22 @@ def _plan(arguments: list[str]) -> None:
     from s1fast.config import TrainConfig, load_recipe
     from s1fast.plan import PlanConfig, plan
 
-    usage = "plan RECIPE.toml [--key value ...]"
-    recipe = _positional(arguments, 1, usage)
+    recipe, flags, prog = _split(arguments, "plan RECIPE.toml [--key value ...]")
     known = load_recipe(Path(recipe[0])) if recipe else TrainConfig()
-    prog = f"s1fast {usage.split(' [')[0]}"
-    plan(_parse(PlanConfig, arguments[len(recipe) :], prog, PlanConfig(**vars(known))))
+    plan(_parse(PlanConfig, flags, prog, PlanConfig(**vars(known))))
 
 
 def _export(arguments: list[str]) -> None:
-    usage = "export RUN TARGET"
-    if "-h" in arguments or "--help" in arguments:
-        print(
-            f"usage: s1fast {usage}\n\nWrite the newest snapshot of a run as a Hugging Face folder."
-        )
-        return
-    run, target = _positional(arguments, 2, usage)
-    if arguments[2:]:
-        raise InputError(f"usage: s1fast {usage}; {arguments[2]!r} is one too many")
+    about = "Write the newest snapshot of a run as a Hugging Face folder."
+    run, target = _without_flags(arguments, "export RUN TARGET", about)
     from s1fast.trainer import export
 
     print(export(Path(run), Path(target)))
 
 
 def _generate(arguments: list[str]) -> None:
-    usage = "generate MODEL --prompt TEXT"
-    model = _positional(arguments, 1, usage)
-    prog = f"s1fast {usage.split(' --')[0]}"
-    config = _parse(GenerateConfig, arguments[len(model) :], prog)
+    given, flags, prog = _split(arguments, "generate MODEL --prompt TEXT")
+    config = _parse(GenerateConfig, flags, prog, flat=True)
     limit = _maximum("--max-thinking-tokens", config.max_thinking_tokens)
     budgets = [_maximum("--budgets", x) for x in config.budgets.split(",") if x] or None
     ignores = [_maximum("--num-ignores", x) for x in config.num_ignores.split(",") if x] or None
@@ -271,29 +253,18 @@ def _generate(arguments: list[str]) -> None:
     from s1fast.budget import Budget
     from s1fast.decoder import Engine, SamplingParams
 
-    budget = Budget(
-        max_thinking_tokens=limit,
-        min_thinking_tokens=config.min_thinking_tokens,
-        num_ignore=config.num_ignore,
-        ignore_text=config.ignore_text,
-        final_text=config.final_text,
-        accounting=config.accounting,
-    )
-    names = {field.name for field in dataclasses.fields(SamplingParams)}
-    values = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
-    params = SamplingParams(**values)
-    engine = Engine(
-        model[0],
-        device=config.device,
-        dtype=config.dtype,
-        markers=config.markers,
-        speculate=config.speculate,
-        matmul=config.matmul,
-    )
+    values = {**vars(config), **vars(config.thinking), "max_thinking_tokens": limit}
+
+    def asked(cls: Any) -> Any:
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+    budget, params = asked(Budget), asked(SamplingParams)
+    (model,) = given
+    engine = Engine(model, **vars(config.engine))
     from s1fast.console import print_stream
 
-    asked = None if config.no_thinking else budget
-    stream = engine.stream(config.prompt, params, asked, budgets=budgets, num_ignores=ignores)
+    chosen = None if config.no_thinking else budget
+    stream = engine.stream(config.prompt, params, chosen, budgets=budgets, num_ignores=ignores)
     print_stream(stream, as_json=config.json)
 
 
@@ -312,14 +283,13 @@ def _maximum(flag: str, text: str) -> Any:
 
 
 def _serve(arguments: list[str]) -> None:
-    usage = "serve MODEL"
-    model = _positional(arguments, 1, f"{usage} [--key value ...]")
+    given, flags, prog = _split(arguments, "serve MODEL [--key value ...]")
     try:
         from s1fast.server import ServeConfig, serve
     except ModuleNotFoundError as error:
         raise InputError(f"serve needs {error.name}: pip install 's1fast[serve]'") from None
-    config = _parse(ServeConfig, arguments[len(model) :], f"s1fast {usage}", flat=True)
-    serve(model[0], config)
+    config = _parse(ServeConfig, flags, prog, flat=True)
+    serve(given[0], config)
 
 
 def _demo(arguments: list[str]) -> None:
@@ -330,12 +300,12 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    kind = _positional(arguments, 1, "bench kernels [--key value ...]")
+    kind, flags, _ = _split(arguments, "bench KIND [--key value ...]")
     if kind not in ([], ["kernels"]):
         raise InputError(f"no bench {kind[0]!r}; there is kernels")
     from s1fast.bench.kernels import KernelsConfig, run
 
-    run(_parse(KernelsConfig, arguments[len(kind) :], "s1fast bench kernels"))
+    run(_parse(KernelsConfig, flags, "s1fast bench kernels"))
 
 
 def _evaluate(arguments: list[str]) -> None:
@@ -343,28 +313,21 @@ def _evaluate(arguments: list[str]) -> None:
 
     from s1fast.evaluate import EvaluateConfig, evaluate
 
-    usage = "evaluate MODEL --tasks T1,T2"
-    given = _positional(arguments, 1, usage)
-    prog = f"s1fast {usage.split(' --')[0]}"
-    config = _parse(EvaluateConfig, arguments[len(given) :], prog, flat=True)
+    given, flags, prog = _split(arguments, "evaluate MODEL --tasks T1,T2")
+    config = _parse(EvaluateConfig, flags, prog, flat=True)
     evaluate(given[0], config, Console())
 
 
 def _compare(arguments: list[str]) -> None:
+    about = (
+        "Differences of two results folders of s1fast evaluate, cell by cell, with paired\n"
+        "bootstrap intervals over the problems that both have."
+    )
+    a, b = _without_flags(arguments, "compare A B", about)
     from rich.console import Console
 
     from s1fast.curves import compare
 
-    usage = "compare A B"
-    if "-h" in arguments or "--help" in arguments:
-        print(
-            f"usage: s1fast {usage}\n\nDifferences of two results folders of s1fast evaluate, cell "
-            "by cell, with paired\nbootstrap intervals over the problems that both have."
-        )
-        return
-    a, b = _positional(arguments, 2, usage)
-    if arguments[2:]:
-        raise InputError(f"usage: s1fast {usage}; {arguments[2]!r} is one too many")
     compare(Path(a), Path(b), Console())
 
 
@@ -373,10 +336,8 @@ def _distill(arguments: list[str]) -> None:
 
     from s1fast.recipes.distill import DistillConfig, distill
 
-    usage = "distill QUESTIONS STORE --model M"
-    given = _positional(arguments, 2, usage)
-    prog = f"s1fast {usage.split(' --')[0]}"
-    config = _parse(DistillConfig, arguments[len(given) :], prog, flat=True)
+    given, flags, prog = _split(arguments, "distill QUESTIONS STORE --model M")
+    config = _parse(DistillConfig, flags, prog, flat=True)
     console = Console()
     console.print(str(distill([Path(given[0])], Path(given[1]), config, console)))
 
@@ -386,22 +347,18 @@ def _curate(arguments: list[str]) -> None:
 
     from s1fast.recipes.select import CurateConfig, curate
 
-    usage = "curate FEATURES FOLDER"
-    given = _positional(arguments, 2, usage)
-    config = _parse(CurateConfig, arguments[len(given) :], f"s1fast {usage}")
+    given, flags, prog = _split(arguments, "curate FEATURES FOLDER [--key value ...]")
+    config = _parse(CurateConfig, flags, prog)
     console = Console()
     console.print(str(curate([Path(given[0])], Path(given[1]), config, console)))
 
 
 def _build(arguments: list[str]) -> None:
-    if "-h" in arguments or "--help" in arguments:
-        print(
-            "usage: s1fast build\n\nCompile the CUDA kernels and print where they lie: in "
-            "$S1FAST_CACHE, by default ~/.cache/s1fast."
-        )
-        return
-    if arguments:
-        raise InputError(f"usage: s1fast build; it takes no {arguments[0]!r}")
+    about = (
+        "Compile the CUDA kernels and print where they lie: in $S1FAST_CACHE, by default "
+        "~/.cache/s1fast."
+    )
+    _without_flags(arguments, "build", about)
     from s1fast.build import build
 
     print(build())

@@ -355,10 +355,11 @@ class Engine:
             for index, (request, (ids, cells)) in enumerate(zip(requests, compiled, strict=True)):
                 self._jobs += 1
                 job, n = self._jobs, request.params.n
-                handle = Handle(job, n, len(cells), self.cancel, streaming)
+                ordered = trunk_first(cells)
+                longest = ordered[0].number
+                handle = Handle(job, n, len(cells), longest, self.cancel, streaming)
                 self._handles[job] = handle
                 handles.append(handle)
-                ordered = trunk_first(cells)
                 for i in range(n):
                     what = (ids, request.params, ordered)
                     self._fresh.append(_Sample(job, (job, i), index, i, *what))
@@ -468,11 +469,15 @@ class Engine:
 
     def _emit(self, row: Row, pieces: list[Piece], done: list[tuple[int, Completion]]) -> None:
         handle = self._handles.get(row.job)
-        if handle is None or not (done or (pieces and handle.streaming)):
+        if handle is None:
             return
-        branch = len(row.order) > 2  # a tree shows its trunk alone
         first = row.sample * handle.cells
-        handle.put([] if branch else pieces, [(first + number, made) for number, made in done])
+        told = row.told(pieces) if handle.streaming else []
+        if told or done:
+            handle.put(
+                [(first + number, piece) for number, piece in told],
+                [(first + number, made) for number, made in done],
+            )
         if handle.finished:
             with self._lock:
                 self._handles.pop(row.job, None)

@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from s1fast.refusals import Refused, error_body
@@ -31,6 +31,9 @@ OPEN_PATHS = ("/", "/page.css", "/page.js", "/health", "/metrics")
 
 READ_S = 30.0
 """Longest time that a body may take to arrive."""
+
+READ_ON = 8
+"""So many times its limit a body is read and dropped: who is still sending sees no answer."""
 
 CLIENT_LEFT = 499
 """Status of a request whose client left, for the log and the metrics; nobody reads it."""
@@ -69,6 +72,11 @@ def failure_body(name: str) -> dict[str, Any]:
     return error_body(500, message, code="internal_error")
 
 
+def late_body(timeout_s: float) -> dict[str, Any]:
+    """What the client is told whose time is up."""
+    return error_body(504, f"the answer took over {timeout_s:g} s and was ended")
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches the address."""
     if host == "localhost":
@@ -93,9 +101,6 @@ class Gate:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         name = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = name
         started = False
@@ -144,7 +149,8 @@ class Gate:
         close = {"connection": "close"}
         refused = Refused(413, f"the body is above {limit} bytes", headers=close)
         declared = headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > limit:
+        waits = "expect" in headers  # for our word before it sends
+        if declared.isdigit() and int(declared) > (1 if waits else READ_ON) * limit:
             raise refused
         chunks, size = [], 0
         try:
@@ -153,11 +159,13 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ConnectionResetError
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > limit:
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(chunk)
+                    if size <= limit:
+                        chunks.append(chunk)
+                    elif not more or size > READ_ON * limit:
                         raise refused
-                    if not message.get("more_body", False):
+                    if not more:
                         return b"".join(chunks)
         except TimeoutError:
             raise Refused(408, f"the body took over {READ_S:g} s", headers=close) from None
@@ -189,7 +197,7 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Server-sent events until they end, the client leaves, or the time is up.
 
     Args:
@@ -203,35 +211,20 @@ class EventStream(Response):
         self, events: AsyncGenerator[bytes], timeout_s: float, ended: Callable[[int], None]
     ) -> None:
         self._events, self._timeout_s, self._ended = events, timeout_s, ended
-        super().__init__(None, headers={"cache-control": "no-store"})
-        del self.headers["content-length"]
+        super().__init__(events, headers={"cache-control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-
-        async def pump() -> None:
-            await send(head)
-            async for chunk in self._events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-        tasks = [asyncio.create_task(pump()), asyncio.create_task(gone(receive))]
-        done: set[asyncio.Task[None]] = set(tasks)
+        late = False
         try:
-            done, _ = await asyncio.wait(
-                tasks, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            async with asyncio.timeout(self._timeout_s):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            late = True
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
             await self._events.aclose()
-            self._ended(CLIENT_LEFT if done else 504)
-        if not done:
-            message = f"the answer took over {self._timeout_s:g} s and was ended"
-            last = event(error_body(504, message))
+            self._ended(504 if late else CLIENT_LEFT)
+        if late:
+            last = event(late_body(self._timeout_s))
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(5):
                     await send({"type": "http.response.body", "body": last, "more_body": False})
-        elif tasks[0] in done:
-            tasks[0].result()

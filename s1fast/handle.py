@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from s1fast.request import Completion, Piece
 
-Item = Piece | Completion | BaseException | None
-"""None comes last."""
+Item = tuple[int, Piece | Completion] | BaseException | None
+"""Pieces and completions with their places in the order (sample, cell). None comes last."""
 
 
 class Cancelled(Exception):
@@ -21,18 +21,21 @@ class Cancelled(Exception):
 
 
 class Handle:
-    """One request. Iterate it, in a plain or an async for, for its pieces and then its completions
-    in order; or take `result()`. What was taken is gone: read it one way, once."""
+    """One request. Iterate it, in a plain or an async for, for its pieces, of a grid the longest
+    cell's, and then its completions in order; or take `result()`; or all as it comes, `live()`.
+    What was taken is gone: read it one way, once."""
 
     def __init__(
         self,
         job: int,
         samples: int,
         cells: int,
+        longest: int,
         cancel: Callable[[Handle], None],
         streaming: bool,
     ) -> None:
         self.job, self.cells, self.streaming = job, cells, streaming
+        self._longest = longest
         self.finished = False
         self._cancel = cancel
         self._done: list[Completion | None] = [None] * (samples * cells)
@@ -46,9 +49,25 @@ class Handle:
 
     def __iter__(self) -> Iterator[Piece | Completion]:
         while (item := self._items.get()) is not None:
-            yield _checked(item)
+            yield from self._shown(*_checked(item))
+        yield from self._all()
 
     async def __aiter__(self) -> AsyncIterator[Piece | Completion]:
+        async for place, item in self.live():
+            for piece in self._shown(place, item):
+                yield piece
+        for done in self._all():
+            yield done
+
+    def _shown(self, place: int, item: Piece | Completion) -> list[Piece]:
+        longest = place % self.cells == self._longest
+        return [item] if longest and isinstance(item, Piece) else []
+
+    def _all(self) -> list[Completion]:
+        return [done for done in self._done if done is not None]
+
+    async def live(self) -> AsyncIterator[tuple[int, Piece | Completion]]:
+        """Every cell's pieces, and each completion as soon as it is done, with their places."""
         ready, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def wake() -> None:
@@ -80,20 +99,18 @@ class Handle:
 
     # -- the engine's side ----------------------------------------------------------------------
 
-    def put(self, pieces: list[Piece], done: list[tuple[int, Completion]]) -> None:
-        """Takes what a row has produced; completions with their places."""
+    def put(self, pieces: list[tuple[int, Piece]], done: list[tuple[int, Completion]]) -> None:
+        """Takes what a row has produced, with places."""
         if self.finished:
             return
-        if self.streaming:
-            for piece in pieces:
-                self._items.put(piece)
+        for item in pieces:
+            self._items.put(item)
         for place, completion in done:
             self._done[place] = completion
             self._left -= 1
+            self._items.put((place, completion))
         if not self._left:
             self.finished = True
-            for completion in self._done:  # type: ignore[assignment]
-                self._items.put(completion)
             self._items.put(None)
         self._wake()
 
@@ -106,7 +123,7 @@ class Handle:
             self._wake()
 
 
-def _checked(item: Item) -> Piece | Completion:
+def _checked(item: Item) -> tuple[int, Piece | Completion]:
     if isinstance(item, BaseException):
         raise item
     assert item is not None

@@ -12,17 +12,20 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from s1fast.budget import ANSWER_ROOM, Budget
 from s1fast.chat import Chat
 from s1fast.errors import InputError
+from s1fast.flags import ThinkingFlags
 from s1fast.request import Request, SamplingParams
 
 MOST_CHOICES = 128
 """Prompts x samples x cells of one request."""
+MOST_FIELDS = 200
+"""Of one object: more than there are names."""
 
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0,
@@ -38,7 +41,7 @@ NEUTRAL: dict[str, Any] = {
     "ignore_eos": False,
     "tools": [],
     "tool_choice": "none",
-    "parallel_tool_calls": None,
+    "parallel_tool_calls": True,
     "functions": [],
     "function_call": "none",
     "response_format": {"type": "text"},
@@ -63,6 +66,8 @@ def _without(data: Any, neutral: Iterable[tuple[str, Any]]) -> Any:
     """The fields without those that ask for nothing."""
     if not isinstance(data, dict):
         return data
+    if len(data) > MOST_FIELDS:
+        raise ValueError(f"an object of {len(data)} fields, at most {MOST_FIELDS}")
     data = dict(data)
     for name, nothing in neutral:
         if name not in data:
@@ -83,6 +88,9 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+Item = TypeVar("Item")
+Listed = Annotated[list[Item], Field(fail_fast=True)]
+"""Read up to its first error: a body can hold a million."""
 
 
 class _Fields(BaseModel):
@@ -99,7 +107,7 @@ class ChatMessage(_Fields):
     was not in training."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Listed[TextPart]
     type: Literal["text"] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -161,7 +169,7 @@ class Asked(_Fields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     thinking_token_budget: Limit | None = None
     max_thinking_tokens: Limit | None = None
@@ -213,7 +221,7 @@ class Asked(_Fields):
 class ChatAsked(Asked):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Listed[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     reasoning_effort: Literal["none"] | None = None
 
@@ -232,7 +240,7 @@ class ChatAsked(Asked):
 class CompletionAsked(Asked):
     """POST /v1/completions: the prompt as it is, texts or token ids."""
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: Text | Listed[Text] | Listed[int] | Listed[Listed[int]]
 
     prompt_field = "prompt"
 
@@ -258,23 +266,11 @@ class CompletionAsked(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defaults:
+class Defaults(ThinkingFlags):
     """What a request gets that does not say it."""
 
     max_thinking_tokens: int | Literal["auto", "none"] = "auto"
     """Most thinking tokens of a chat: a count, auto (what the context leaves), or none."""
-    min_thinking_tokens: int = 0
-    """Thinking cannot end before this many tokens."""
-    num_ignore: int | None = None
-    """How many times the end of thinking is ignored."""
-    ignore_text: tuple[str, ...] = ("Wait",)
-    """Appended for each ignored end; several are used in turn."""
-    final_text: str = "Final Answer:"
-    """Appended after the answer marker when thinking is cut."""
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    max_tokens: int | None = None
-    """Most tokens generated in all; the whole context unless given."""
 
     def __post_init__(self) -> None:
         Budget(
@@ -300,14 +296,14 @@ def to_requests(asked: Asked, chat: Chat, context: int, defaults: Defaults) -> l
         InputError: what the engine could not honour.
     """
     if isinstance(asked, CompletionAsked):
-        prompts = [chat.encode(p) if isinstance(p, str) else p for p in asked.prompts]
+        prompts = [_ids(p, chat, context) for p in asked.prompts]
         thinks = bool(asked.given(BUDGET_FIELDS))
         limit = asked.max_tokens
     else:
         assert isinstance(asked, ChatAsked)
         thinks = asked.reasoning_effort is None
         plain = [message.plain() for message in asked.messages]
-        prompts = [chat.prompt_ids(plain, think=thinks)]
+        prompts = [_ids(chat.prompt_text(plain, think=thinks), chat, context)]
         limit = asked.max_completion_tokens or asked.max_tokens
     requests = []
     for ids in prompts:
@@ -331,6 +327,20 @@ def to_requests(asked: Asked, chat: Chat, context: int, defaults: Defaults) -> l
             )
         )
     return requests
+
+
+def _ids(prompt: str | list[int], chat: Chat, context: int) -> list[int]:
+    """A prompt's. One that is far too long is refused before all of it has been tokenised."""
+    if isinstance(prompt, str):
+        size, count = max(context, 4096), 0
+        for at in range(0, len(prompt) if len(prompt) > 8 * size else 0, size):
+            count += len(chat.encode(prompt[at : at + size]))
+            if count > 2 * size:  # the cuts between them add a few
+                raise InputError(f"prompt of over {size} tokens passes the context of {context}")
+        prompt = chat.encode(prompt)
+    if len(prompt) >= context:
+        raise InputError(f"prompt of {len(prompt)} tokens passes the model's context of {context}")
+    return prompt
 
 
 def _params(asked: Asked, max_tokens: int | None, defaults: Defaults) -> SamplingParams:

@@ -62,8 +62,12 @@ def refused_fields(errors: Sequence[Any], asked: type[Asked]) -> Refused:
     if len(first["loc"]) < 2:
         if first["type"] == "value_error":  # from the checks above, which begin with the field
             message = first["msg"].removeprefix("Value error, ")
-            return Refused(400, message, message.split()[0])
+            name = message.split()[0]
+            return Refused(400, message, name if name in asked.model_fields else None)
         return Refused(400, "the body must be a JSON object, sent as application/json")
+    # Of what may be a text or a list, the errors within the list say more.
+    within = [error for error in errors if error["loc"][1:2] == first["loc"][1:2]]
+    first = max(within, key=lambda error: _path(error["loc"][1:]).count("["))
     path = _path(first["loc"][1:])
     if first["type"] == "extra_forbidden":
         *place, name = first["loc"][1:]

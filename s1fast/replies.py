@@ -34,10 +34,16 @@ def told(done: Completion) -> dict[str, Any]:
     }
 
 
+def cached_prompt(done: Sequence[Completion]) -> int:
+    """Tokens of the prompt of all these choices that none of them had to compute."""
+    return min(len(done[0].prompt_ids), *(c.cached_tokens for c in done))
+
+
 def usage(done: Sequence[Completion], prompts: int = 1) -> dict[str, Any]:
     """Of all choices of a request, as many for each of its prompts, which count once."""
-    firsts = done[:: len(done) // prompts]
-    prompt = sum(len(c.prompt_ids) for c in firsts)
+    count = len(done) // prompts
+    of_prompts = [done[at : at + count] for at in range(0, len(done), count)]
+    prompt = sum(len(choices[0].prompt_ids) for choices in of_prompts)
     completion = sum(len(c.token_ids) for c in done)
     thinking = sum(c.thinking_tokens for c in done)
     s1: dict[str, Any] = {
@@ -48,13 +54,12 @@ def usage(done: Sequence[Completion], prompts: int = 1) -> dict[str, Any]:
     spent = cost(done)
     if spent.steps < spent.separate_steps:  # a tree: what it saved
         s1 |= {"steps": spent.steps, "separate_steps": spent.separate_steps}
-    cached = sum(min(c.cached_tokens, len(c.prompt_ids)) for c in firsts)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "completion_tokens_details": {"reasoning_tokens": thinking},
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": sum(map(cached_prompt, of_prompts))},
         "s1": s1,
     }
 
@@ -103,13 +108,10 @@ class Writer:
             delta = {"content": self._ends[index].partition(self._marker)[2][len(shown) :]}
         return self._chunk({"index": index, "delta": delta, **_OPEN, "s1": s1})
 
-    def closing(self, index: int, done: Completion, shown: bool) -> bytes:
-        """The last chunk of a choice; of one that was not shown piece by piece, all of it."""
-        text: dict[str, Any] = {"text": "" if shown else _text(done)}
-        if self.chat:
-            message = {} if shown else self._message(done)["message"]
-            text = {"delta": {k: v for k, v in message.items() if k != "role"}}
-        return self._chunk({"index": index, **text, **self._closing(done)})
+    def closing(self, index: int, done: Completion) -> bytes:
+        """The last chunk of a choice."""
+        nothing: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        return self._chunk({"index": index, **nothing, **self._closing(done)})
 
     def usage(self, done: Sequence[Completion]) -> bytes:
         return self._chunk(None, usage=usage(done))

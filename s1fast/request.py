@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 
 from s1fast.automaton import Program
@@ -105,6 +106,19 @@ class Piece:
     kind: Kind
     text: str
     ids: tuple[int, ...]
+
+
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """The same in as few pieces as tell their kinds; every ignore text stays one of its own."""
+    made: list[Piece] = []
+    for kind, neighbours in groupby(pieces, lambda piece: piece.kind):
+        same = list(neighbours)
+        if kind != "ignore":
+            text = "".join(piece.text for piece in same)
+            ids = tuple(i for piece in same for i in piece.ids)
+            same = [dataclasses.replace(same[0], text=text, ids=ids)]
+        made += same
+    return made
 
 
 @dataclass(frozen=True, slots=True)

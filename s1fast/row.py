@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from s1fast.automaton import Automaton, Move, Phase
 from s1fast.chat import Chat, TextStream
-from s1fast.request import Cell, Completion, Kind, Logprob, Piece, SamplingParams
+from s1fast.request import Cell, Completion, Kind, Logprob, Piece, SamplingParams, joined
 
 Order = tuple[int, ...]
 """Who came first: of requests, then of samples, then of branches."""
@@ -43,6 +43,8 @@ class Row:
         self.cells: list[tuple[Cell, Automaton, int]] = []
         """The completions that this row makes: cell, its automaton, steps that were another's."""
         self.pieces: list[Piece] = []
+        self.shown = 0
+        """So many of its cells have been shown the pieces before those that come."""
         self.steps = 0
         self.automaton = Automaton(cells[0].program)
         self.waiting_cells: list[Cell] = list(cells[1:])
@@ -174,6 +176,18 @@ class Row:
 
     def _emit(self, kind: Kind, ids: list[int], text: str) -> Piece:
         return Piece(self.index, self.sample, kind, text, tuple(ids))
+
+    def told(self, pieces: list[Piece]) -> list[tuple[int, Piece]]:
+        """What its cells are told of new pieces, with their numbers. A cell that joins when there
+        are pieces already is told these first, in as few as tell their kinds."""
+        late = self.shown < len(self.cells) and len(self.pieces) > len(pieces)
+        before = joined(self.pieces) if late else pieces
+        shown, self.shown = self.shown, len(self.cells)
+        return [
+            (cell.number, piece)
+            for count, (cell, *_) in enumerate(self.cells)
+            for piece in (pieces if count < shown else before)
+        ]
 
     def completions(self) -> list[tuple[int, Completion]]:
         """The finished row's, with the numbers of their cells."""

@@ -5,6 +5,7 @@ POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /health 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -21,7 +22,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from s1fast.decoder import Engine
 from s1fast.errors import InputError
@@ -51,6 +54,8 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
+HEAD_S = 20.0
+"""Longest time that a connection may be open, and a request's head may take, before it is asked."""
 
 
 # -- the application ----------------------------------------------------------------------------
@@ -90,18 +95,15 @@ def make_app(engine: Engine, model: str, config: ServeConfig, keys: list[str]) -
             raise Refused(404, message, "model", "model_not_found")
         return card
 
-    @app.get("/health")
-    async def health() -> Response:
-        return Response()
-
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    same = {"/health": Response()}
     for path, kind in PAGE_FILES.items():
         text = (PAGE / (path[1:] or "index.html")).read_bytes()
-        page = Response(text, media_type=kind, headers=PAGE_HEADERS)
-        app.add_api_route(path, _always(page), include_in_schema=False)
+        same[path] = Response(text, media_type=kind, headers=PAGE_HEADERS)
+    app.router.routes += [Route(path, always, methods=["GET"]) for path, always in same.items()]
 
     @app.exception_handler(Refused)
     async def refused(http: Http, error: Refused) -> Response:
@@ -129,14 +131,42 @@ def make_app(engine: Engine, model: str, config: ServeConfig, keys: list[str]) -
     return Gate(app, keys, config.body_bytes)
 
 
-def _always(response: Response) -> Any:
-    async def page() -> Response:
-        return response
-
-    return page
-
-
 # -- the process --------------------------------------------------------------------------------
+
+
+class _Protocol(HttpToolsProtocol):
+    """Closes a connection whose request is not begun, or its head not whole, in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEAD_S, transport.close)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._late.cancel()
+        self._late = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        self._late.cancel()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+
+def uvicorn_config(app: ASGIApp, drain_s: int) -> uvicorn.Config:
+    """How the application is run; what our log tells uvicorn need not."""
+    return uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=drain_s,
+    )
 
 
 class _Uvicorn(uvicorn.Server):
@@ -164,25 +194,16 @@ def serve(model: str, config: ServeConfig) -> None:
     with bind(config.host, config.port) as bound:
         engine = Engine(
             model,
-            device=config.device,
-            dtype=config.dtype,
-            markers=config.markers,
+            **vars(config.engine),
             max_batch=config.max_batch,
             step_tokens=max(512, config.max_batch),
             cache_tokens=config.cache_tokens,
-            speculate=config.speculate,
-            matmul=config.matmul,
         )
         _warm(engine)
         name = config.served_model_name or Path(model).name
-        settings = uvicorn.Config(
-            make_app(engine, name, config, keys),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=config.drain_s,
-        )
+        settings = uvicorn_config(make_app(engine, name, config, keys), config.drain_s)
         _log_to_stderr()
+        _raise_file_limit()
         # uvicorn drains on SIGTERM, then raises it anew: that it was told to end is no failure.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
@@ -215,6 +236,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # two that start at once learn it now, not when their models are loaded
         return bound
     except OSError as error:
         if bound is not None:
@@ -229,6 +251,15 @@ def _log_to_stderr() -> None:
         each = logging.getLogger(name)
         each.handlers, each.propagate = [handler], False
         each.setLevel(level)
+
+
+def _raise_file_limit() -> None:
+    """As many connections as the system lets us have."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # elsewhere than on Linux
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _warm(engine: Engine) -> None:

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily
 
 from s1fast.decoder import Engine
-from s1fast.request import Completion, Piece
+from s1fast.replies import cached_prompt
+from s1fast.request import Completion
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -70,8 +71,8 @@ class ServerMetrics:
         self.request_thinking = tokens("request_thinking_tokens", "Thinking tokens of a choice.")
         self.registry.register(_EngineStats(engine, model))
 
-    def finished(self, done: Completion, timing: Timing) -> None:
-        """Counts a choice that is complete."""
+    def finished(self, done: Completion, spent_s: float) -> None:
+        """Counts a choice that is complete, `spent_s` after its first token."""
         count = len(done.token_ids)
         self.generated.inc(count)
         self.thinking.inc(done.thinking_tokens)
@@ -80,17 +81,16 @@ class ServerMetrics:
         self.success.labels(self.model, done.finish_reason).inc()
         self.request_generated.observe(count)
         self.request_thinking.observe(done.thinking_tokens)
-        spent_s = timing.last_s.get(done.sample, timing.began_s) - timing.first_s
-        if count > 1 and timing.first_s:
+        if count > 1:
             self.tpot.observe(spent_s / (count - 1))
 
     def prompt_done(self, done: Sequence[Completion]) -> None:
         """Counts the prompt of a request whose choices are these."""
-        count, cached = len(done[0].prompt_ids), min(c.cached_tokens for c in done[:1])
+        count = len(done[0].prompt_ids)
         self.prompt.inc(count)
         self.request_prompt.observe(count)
         self.queries.inc(count)
-        self.hits.inc(min(cached, count))
+        self.hits.inc(cached_prompt(done))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -102,28 +102,30 @@ class Timing:
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
         self.began_s, self.first_s = time.perf_counter(), 0.0
-        self.last_s: dict[int, float] = {}
+        self._last_s: dict[int, float] = {}
         metrics.waiting.inc()
-        self._open = True
 
-    def piece(self, piece: Piece) -> None:
+    def piece(self, index: int) -> None:
+        """One of that choice came."""
         now_s = time.perf_counter()
         if not self.first_s:
             self.first_s = now_s
             self._metrics.waiting.dec()
             self._metrics.running.inc()
             self._metrics.ttft.observe(now_s - self.began_s)
-        elif piece.sample in self.last_s:
-            self._metrics.itl.observe(now_s - self.last_s[piece.sample])
-        self.last_s[piece.sample] = now_s
+        elif index in self._last_s:
+            self._metrics.itl.observe(now_s - self._last_s[index])
+        self._last_s[index] = now_s
+
+    def since_first_s(self, index: int) -> float:
+        """From the request's first piece to that choice's last one."""
+        return self._last_s.get(index, self.first_s) - self.first_s
 
     def end(self, *, whole: bool) -> None:
-        """The request is over; once."""
-        if self._open:
-            self._open = False
-            (self._metrics.running if self.first_s else self._metrics.waiting).dec()
-            if whole:
-                self._metrics.e2e.observe(time.perf_counter() - self.began_s)
+        """The request is over."""
+        (self._metrics.running if self.first_s else self._metrics.waiting).dec()
+        if whole:
+            self._metrics.e2e.observe(time.perf_counter() - self.began_s)
 
 
 class _EngineStats:

@@ -12,21 +12,21 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
 from s1fast.decoder import Engine
 from s1fast.errors import InputError
-from s1fast.gate import CLIENT_LEFT, failure_body, gone, log, log_failure
+from s1fast.flags import EngineFlags
+from s1fast.gate import CLIENT_LEFT, failure_body, gone, late_body, log, log_failure
 from s1fast.handle import Handle
 from s1fast.protocol import MOST_CHOICES, Asked, ChatAsked, Defaults, to_requests
-from s1fast.refusals import Refused, error_body, refused_input
+from s1fast.refusals import Refused, refused_input
 from s1fast.replies import DONE, Writer, event, usage
-from s1fast.request import Completion, Piece, compile_request
+from s1fast.request import Completion, Piece
 from s1fast.server_metrics import ServerMetrics, Timing
-from s1fast.tree import trunk_first
 
 RETRY_AFTER_S = 2
 
@@ -55,20 +55,11 @@ class ServeConfig:
     """Longest time that a request may take."""
     drain_s: int = 30
     """After SIGTERM: how long requests that run may take to finish."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision; auto is bfloat16 on GPU and float32 on CPU."""
-    markers: Literal["auto", "s1", "s1.1", "think"] = "auto"
-    """Between which the model thinks: s1's, or <think> and </think>; auto: by the vocabulary."""
     max_batch: int = 64
     """Choices that are decoded together."""
     cache_tokens: int | None = None
     """Positions of the KV cache; unless given, 2 GiB of them on a CPU, what is free on a GPU."""
-    speculate: int = 0
-    """Draft up to so many tokens a step from what was written before; changes no token."""
-    matmul: Literal["torch", "cuda"] = "torch"
-    """Products of a GPU's steps: cuBLAS, or for up to 8 tokens on an H100 or H200 ours (csrc)."""
+    engine: EngineFlags = field(default_factory=EngineFlags)
 
     def __post_init__(self) -> None:
         rules = [
@@ -92,13 +83,16 @@ class _Job:
     asked: Asked
     writer: Writer
     handles: list[Handle]
-    timings: list[Timing]
+    timing: Timing
     choices: int
-    trunk: int
-    """Of a tree: the cell whose pieces are streamed."""
-    began_s: float
-    done: list[Completion] = field(default_factory=list)
+    done: dict[int, Completion] = field(default_factory=dict)
+    """By choice, as they come."""
     open: bool = True
+
+    @property
+    def completions(self) -> list[Completion]:
+        """All of them, once they are done."""
+        return [self.done[index] for index in range(self.choices)]
 
 
 class Service:
@@ -132,32 +126,26 @@ class Service:
             message = f"the queue of {self.config.queue} is full; come again in {RETRY_AFTER_S} s"
             raise Refused(429, message, code="queue_full", headers=again)
         self._open += choices
-        prompts = choices // ((asked.n or 1) * asked.cells)
-        timings = [Timing(self.metrics) for _ in range(prompts)]
-        began_s = time.perf_counter()
+        timing = Timing(self.metrics)
         work = asyncio.get_running_loop().run_in_executor(None, self._submit, asked)
         try:
-            handles, trunk = await asyncio.shield(work)
+            handles = await asyncio.shield(work)
         except BaseException as error:
             work.add_done_callback(_cancel_made)  # where the wait alone ended
             self._open -= choices
-            for timing in timings:
-                timing.end(whole=False)
+            timing.end(whole=False)
             if isinstance(error, InputError):
                 raise refused_input(error, asked, self.engine.chat) from None
             raise
         prefix = "chatcmpl" if isinstance(asked, ChatAsked) else "cmpl"
         marker = self.engine.chat.markers.answer
         writer = Writer(asked, f"{prefix}-{name}", marker, self.model, int(time.time()))
-        return _Job(name, asked, writer, handles, timings, choices, trunk, began_s)
+        return _Job(name, asked, writer, handles, timing, choices)
 
-    def _submit(self, asked: Asked) -> tuple[list[Handle], int]:
+    def _submit(self, asked: Asked) -> list[Handle]:
         """Texts to ids, and ids to the engine; on a thread."""
-        engine, trunk = self.engine, 0
+        engine = self.engine
         requests = to_requests(asked, engine.chat, engine.context, self.config.defaults)
-        if asked.is_tree:
-            _, cells = compile_request(requests[0], engine.chat, engine.context)
-            trunk = trunk_first(cells)[0].number
         handles: list[Handle] = []
         try:
             for request in requests:
@@ -165,7 +153,7 @@ class Service:
         except BaseException:
             _cancel_all(handles)
             raise
-        return handles, trunk
+        return handles
 
     # -- out --------------------------------------------------------------------------------
 
@@ -179,49 +167,41 @@ class Service:
                 (work, left), timeout=self.config.timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
             if work in done:
-                body = job.writer.whole(work.result(), len(job.handles))
+                work.result()
+                body = job.writer.whole(job.completions, len(job.handles))
                 status = 200
                 return JSONResponse(body)
             status = CLIENT_LEFT if done else 504
-            if done:
-                return Response(status_code=CLIENT_LEFT)
-            message = f"the answer took over {self.config.timeout_s:g} s and was ended"
-            return JSONResponse(error_body(504, message), 504)
-        except Exception as error:
-            log_failure(job.name, error)
-            return JSONResponse(failure_body(job.name), 500)
+            return JSONResponse(late_body(self.config.timeout_s), status)
         finally:
             self.end(job, status)
             for task in (work, left):
                 task.cancel()
 
-    async def _collect(self, job: _Job) -> list[Completion]:
-        async def one(number: int) -> list[Completion]:
-            items = self._read(job, number)
-            return [item async for item in items if isinstance(item, Completion)]
+    async def _collect(self, job: _Job) -> None:
+        async def one(number: int) -> None:
+            async for _ in self._read(job, number):
+                pass
 
-        groups = await asyncio.gather(*map(one, range(len(job.handles))))
-        return [completion for group in groups for completion in group]
+        await asyncio.gather(*map(one, range(len(job.handles))))
 
     async def events(self, job: _Job) -> AsyncGenerator[bytes]:
         """The answer as a stream of chunks."""
-        writer, cells = job.writer, job.asked.cells
+        writer = job.writer
         untold: dict[int, int] = {}
         try:
             for chunk in writer.opening(job.choices):
                 yield chunk
-            async for item in self._read(job, 0):
+            async for index, item in self._read(job, 0):
                 if isinstance(item, Completion):
+                    yield writer.closing(index, item)
                     continue
-                index = item.sample * cells + job.trunk
                 untold[index] = untold.get(index, 0) + len(item.ids)
                 if item.text or item.kind in ("ignore", "end"):
                     yield writer.piece(index, item, untold.pop(index))
-            for index, completion in enumerate(job.done):
-                yield writer.closing(index, completion, index % cells == job.trunk)
             options = job.asked.stream_options
             if options is not None and options.include_usage:
-                yield writer.usage(job.done)
+                yield writer.usage(job.completions)
             self.end(job, 200)
             yield DONE
         except Exception as error:
@@ -229,19 +209,19 @@ class Service:
             log_failure(job.name, error)
             yield event(failure_body(job.name))
 
-    async def _read(self, job: _Job, number: int) -> AsyncIterator[Piece | Completion]:
-        """What the engine gives for a prompt, counted on the way."""
-        timing, done = job.timings[number], []
-        async for item in job.handles[number]:
+    async def _read(self, job: _Job, number: int) -> AsyncIterator[tuple[int, Piece | Completion]]:
+        """What the engine gives for a prompt, by choice, counted on the way."""
+        count = job.choices // len(job.handles)
+        first = number * count
+        async for place, item in job.handles[number].live():
+            index = first + place
             if isinstance(item, Piece):
-                timing.piece(item)
+                job.timing.piece(index)
             else:
-                self.metrics.finished(item, timing)
-                done.append(item)
-            yield item
-        self.metrics.prompt_done(done)
-        job.done += done
-        timing.end(whole=True)
+                job.done[index] = item
+                self.metrics.finished(item, job.timing.since_first_s(index))
+            yield index, item
+        self.metrics.prompt_done([job.done[first + place] for place in range(count)])
 
     def end(self, job: _Job, status: int) -> None:
         """The end of a request, of whatever kind; once."""
@@ -249,19 +229,17 @@ class Service:
             return
         job.open = False
         _cancel_all(job.handles)
-        for timing in job.timings:
-            timing.end(whole=False)
+        job.timing.end(whole=status == 200)
         self._open -= job.choices
         self.metrics.ended.labels(self.model, status).inc()
         fields: dict[str, Any] = {"choices": job.choices, "stream": bool(job.asked.stream)}
-        if job.done:
-            counts = usage(job.done, len(job.handles))
+        if len(job.done) == job.choices:
+            counts = usage(job.completions, len(job.handles))
             fields |= {"prompt_tokens": counts["prompt_tokens"], **counts["s1"]}
             fields |= {"completion_tokens": counts["completion_tokens"]}
-        firsts = [t.first_s for t in job.timings if t.first_s]
-        if firsts:
-            fields["first_token_s"] = round(min(firsts) - job.began_s, 4)
-        wall_s = round(time.perf_counter() - job.began_s, 4)
+        if job.timing.first_s:
+            fields["first_token_s"] = round(job.timing.first_s - job.timing.began_s, 4)
+        wall_s = round(time.perf_counter() - job.timing.began_s, 4)
         log("request", id=job.name, status=status, wall_s=wall_s, **fields)
 
 
@@ -270,6 +248,6 @@ def _cancel_all(handles: list[Handle]) -> None:
         handle.cancel()
 
 
-def _cancel_made(work: asyncio.Future[tuple[list[Handle], int]]) -> None:
+def _cancel_made(work: asyncio.Future[list[Handle]]) -> None:
     if not work.cancelled() and work.exception() is None:
-        _cancel_all(work.result()[0])
+        _cancel_all(work.result())

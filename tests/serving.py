@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 
 from s1fast.decoder import Engine
-from s1fast.server import bind, make_app
+from s1fast.server import bind, make_app, uvicorn_config
 from s1fast.service import ServeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,9 +111,7 @@ class InProcess(Client):
         app = make_app(engine, "tiny", ServeConfig(**config), list(keys))
         bound = bind("127.0.0.1", 0)
         super().__init__(bound.getsockname()[1], keys[0] if keys else "")
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-        )
+        self.server = uvicorn.Server(uvicorn_config(app, drain_s=5))
         self._thread = threading.Thread(target=self.server.run, args=([bound],))
         self._thread.start()
         wait_until(lambda: self.server.started)

@@ -287,7 +287,7 @@ def test_bad_value(assignment: str, refused: Refused) -> None:
     [
         (["fly"], "no command 'fly'; there are train, plan, export, generate, serve, demo"),
         (["--train"], "no command '--train'"),
-        (["build", "csrc"], "usage: s1fast build; it takes no 'csrc'"),
+        (["build", "csrc"], "usage: s1fast build; 'csrc' is one too many"),
         (["train"], "usage: s1fast train RECIPE.toml"),
         (["train", "gone.toml"], "gone.toml: cannot be read: No such file"),
         (["train", "model"], "model: cannot be read: Is a directory"),

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "kernels": {"kernels"},
     "errors": set(),
+    "flags": set(),
     "ranks": {"errors"},
     "files": {"errors", "ranks"},
     "slices": set(),
@@ -110,16 +111,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "results": {"answers", "curves", "errors", "files", "grading", "recipes", "scaling", "tasks"},
     "evaluate": {"answers", "decoder", "errors", "files", "metrics", "ranks", "recipes", "results"}
     | {"tasks"},
-    "protocol": {"budget", "chat", "errors", "request"},
+    "protocol": {"budget", "chat", "errors", "flags", "request"},
     "refusals": {"chat", "errors", "protocol"},
     "replies": {"budget", "protocol", "request"},
     "gate": {"refusals", "replies"},
-    "server_metrics": {"decoder", "request"},
-    "service": {"decoder", "errors", "gate", "handle", "protocol", "refusals", "replies", "request"}
-    | {"server_metrics", "tree"},
+    "server_metrics": {"decoder", "replies", "request"},
+    "service": {"decoder", "errors", "flags", "gate", "handle", "protocol", "refusals", "replies"}
+    | {"request", "server_metrics"},
     "server": {"decoder", "errors", "files", "gate", "protocol", "refusals", "request", "service"},
     "cli": {"__init__", "bench", "budget", "config", "console", "curves", "decoder", "demo"}
-    | {"build", "errors", "evaluate", "plan", "recipes", "server", "trainer"},
+    | {"build", "errors", "evaluate", "flags", "plan", "recipes", "server", "trainer"},
     "__main__": {"cli"},
 }
 

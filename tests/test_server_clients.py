@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,33 @@ def test_openai_stream(client: Any) -> None:
     assert "".join(getattr(d, "reasoning", None) or "" for d in deltas) == wanted.reasoning
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_openai_streams_every_cell_of_a_tree(client: Any) -> None:
+    """Each is a choice of its own: its pieces come as they are drawn, its end when it is done."""
+    tree = {"budgets": [3, 9, 60], "num_ignores": [0, 2]}
+    asked = {"extra_body": tree, "max_tokens": 120, "temperature": 0.7, "seed": 3, "n": 2}
+    whole = ask(client, **asked).choices
+    with ask(client, **asked, stream=True) as stream:
+        chunks = [chunk.choices[0] for chunk in stream]
+    assert [choice.index for choice in whole] == list(range(12))
+    for choice in whole:
+        mine = [chunk for chunk in chunks if chunk.index == choice.index]
+        for name in ("content", "reasoning"):
+            text = "".join(getattr(chunk.delta, name, None) or "" for chunk in mine)
+            assert text == (getattr(choice.message, name) or "")
+        *before, last = mine
+        assert last.finish_reason == choice.finish_reason and last.s1 == choice.s1
+        assert not any(chunk.finish_reason for chunk in before)
+        tokens = sum(chunk.s1["tokens"] for chunk in before if chunk.model_extra)
+        assert tokens > 0 and len(before) > 2
+    ends = [at for at, chunk in enumerate(chunks) if chunk.finish_reason]
+    assert len({chunk.index for chunk in chunks[ends[0] :]}) > 6, "all ended together"
+    answers = [
+        c.index for c in chunks if (c.model_extra or {}).get("s1", {}).get("kind") == "answer"
+    ]
+    turns = sum(a != b for a, b in pairwise(answers))
+    assert turns > 2 * len(set(answers)), "cells came one after the other"
 
 
 def test_openai_async_and_whoever_breaks_off(served: InProcess) -> None:

@@ -201,7 +201,7 @@ async function run(work) {
     $("run").disabled = $("tree").disabled = false;
     $("stop").disabled = true;
     $("status").textContent = last;
-    setTimeout(showCache, 150);
+    for (const soon of [150, 1000, 5000]) setTimeout(showCache, soon);
   }
 }
 
@@ -242,7 +242,8 @@ async function drawCurve(signal) {
   const steps = Array.from({ length: 7 }, (_, i) => Math.max(1, Math.round(top / 2 ** (6 - i))));
   const budgets = [...new Set(steps)];
   const count = Number($("samples").value);
-  const answers = []; // of each sample that is done: by budget
+  let samples = 0;
+  const answers = budgets.map(() => []); // by budget: of each sample that is done there
   view.start(top, fields.num_ignore ?? 0);
   $("curve-words").textContent = `Decoding ${count === 1 ? "one sample" : `${count} samples`} …`;
   plot(budgets, answers, 0);
@@ -250,16 +251,19 @@ async function drawCurve(signal) {
     const texts = budgets.map(() => "");
     for await (const chunk of chunks({ ...fields, budgets, seed: sample }, signal)) {
       for (const choice of chunk.choices) {
-        texts[choice.index] += choice.delta.content ?? "";
-        if (sample === 0 && choice.s1?.kind) {
+        const { index, delta, finish_reason: ended, s1 } = choice;
+        texts[index] += delta.content ?? "";
+        if (ended) {
+          answers[index].push(answerOf(texts[index]));
+          plot(budgets, answers, 0);
+        } else if (sample === 0 && index === budgets.length - 1 && s1?.kind) {
           view.piece(choice);
-          if (choice.s1.kind !== "answer") plot(budgets, answers, view.thinking);
+          if (s1.kind !== "answer") plot(budgets, answers, view.thinking);
         }
       }
     }
-    answers.push(texts.map(answerOf));
-    plot(budgets, answers, 0);
-    $("status").textContent = `${answers.length} of ${count} samples`;
+    samples += 1;
+    $("status").textContent = `${samples} of ${count} samples`;
   };
   const all = Array.from({ length: count }, (_, sample) => one(sample));
   await Promise.all(all);
@@ -273,9 +277,12 @@ function plot(budgets, answers, now) {
     high === low ? right : left + ((right - left) * (Math.log(Math.max(tokens, 1)) - low)) / (high - low);
   const y = (share) => lower - (lower - upper) * share;
   const expected = $("expected").value.trim();
-  const wanted = expected || commonest(answers.map((each) => each.at(-1)));
-  const agree = (i) => answers.filter((each) => each[i] === wanted).length;
-  const shares = budgets.map((_, i) => agree(i) / answers.length);
+  const come = answers.map((each, i) => ({ b: budgets[i], each })).filter(({ each }) => each.length);
+  const wanted = expected || commonest(come.at(-1)?.each ?? []);
+  const points = come.map(({ b, each }) => {
+    const share = each.filter((text) => text === wanted).length / each.length;
+    return { b, share, told: `${Math.round(100 * share)} %`, answer: commonest(each) };
+  });
   const parts = [];
   for (const share of [0, 0.5, 1]) {
     parts.push(shape("line", { class: "axis", x1: left, x2: right, y1: y(share), y2: y(share) }));
@@ -287,25 +294,25 @@ function plot(budgets, answers, now) {
     const at = Math.max(left, Math.min(right, x(now)));
     parts.push(shape("line", { class: "now", x1: at, x2: at, y1: upper, y2: lower }));
   }
-  if (answers.length) {
-    const points = budgets.map((b, i) => `${x(b)},${y(shares[i])}`).join(" ");
-    parts.push(shape("polyline", { class: "line", points }));
-    for (const [i, b] of budgets.entries()) {
-      parts.push(shape("circle", { class: "dot", cx: x(b), cy: y(shares[i]), r: 4 }));
+  if (points.length) {
+    const line = points.map(({ b, share }) => `${x(b)},${y(share)}`).join(" ");
+    parts.push(shape("polyline", { class: "line", points: line }));
+    for (const { b, share } of points) {
+      parts.push(shape("circle", { class: "dot", cx: x(b), cy: y(share), r: 4 }));
     }
     const rule = expected ? "are right" : "agree with the commonest answer at the largest budget";
-    const told = budgets.map((b, i) => `${b}: ${Math.round(100 * shares[i])} %`).join(", ");
-    $("curve-words").textContent = `Share of ${answers.length} samples that ${rule}.`;
+    const most = Math.max(...answers.map((each) => each.length));
+    $("curve-words").textContent = `Share of ${most} samples that ${rule}.`;
+    const told = points.map(({ b, told }) => `${b}: ${told}`).join(", ");
     $("curve").setAttribute("aria-label", `Share of samples by budget. ${told}`);
-    const rows = budgets.map((b, i) => {
+    const rows = points.map(({ b, told, answer }) => {
       const row = document.createElement("tr");
-      const texts = [b, `${Math.round(100 * shares[i])} %`, commonest(answers.map((each) => each[i]))];
-      for (const text of texts) row.insertCell().textContent = String(text).slice(0, 80);
+      for (const text of [b, told, answer]) row.insertCell().textContent = String(text).slice(0, 80);
       return row;
     });
     $("cells").tBodies[0].replaceChildren(...rows);
   }
-  $("cells").hidden = !answers.length;
+  $("cells").hidden = !points.length;
   $("figure").hidden = false;
   $("curve").replaceChildren(...parts);
 }

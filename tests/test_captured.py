@@ -249,7 +249,7 @@ def test_a_request_that_fails(writer: Ascii, monkeypatch: pytest.MonkeyPatch) ->
     assert len(good.result()[0].token_ids) == 60
     with pytest.raises(RuntimeError, match="no such token"):
         worse.result()
-    graphs, calls = looped(engine)._device.graphs, []
+    graphs, calls = looped(engine).device.graphs, []
     run = graphs.run
 
     def breaks(bucket: int) -> None:
@@ -271,7 +271,7 @@ def test_warm_up(writer: Ascii) -> None:
     """The steps that it launches are counted here as there; it is refused while rows run."""
     engine = ahead(writer, max_batch=3)
     engine.warm_up()
-    assert list(looped(engine)._device.graphs._graphs) == [1, 2, 4]
+    assert list(looped(engine).device.graphs._graphs) == [1, 2, 4]
     prompts, params = prompts_of(writer.chat, 9, 30, 12), sampled()
     wanted = writer.engine.generate(prompts, params)
     for a, b in zip(wanted, engine.generate(prompts, params), strict=True):
@@ -333,7 +333,7 @@ class Watch:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.late: list[Late] = []
         self.checked = 0
-        device, pages = looped(engine)._device, engine.pages
+        device, pages = looped(engine).device, engine.pages
         run, load, take = device.graphs.run, device.load, pages.take
         named: list[tuple[set[int], set[int]]] = []
 
@@ -421,9 +421,9 @@ def test_the_host_reads_no_tensor(writer: Ascii, monkeypatch: pytest.MonkeyPatch
     engine = ahead(writer, cache_tokens=256, max_batch=4, speculate=3)
     inside: list[str] = []
     for owner, name in (
-        (looped(engine)._device, "prefill"),
-        (looped(engine)._device, "lay_out"),
-        (looped(engine)._device.graphs, "run"),
+        (looped(engine).device, "prefill"),
+        (looped(engine).device, "lay_out"),
+        (looped(engine).device.graphs, "run"),
     ):
         monkeypatch.setattr(owner, name, _within(inside, getattr(owner, name)))
     prompts = writer.prompts(3, 20, 9, 30, 5, 12)

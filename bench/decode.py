@@ -169,7 +169,7 @@ def launches(s: Setup, bucket: int) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         s.device._run(bucket)
         torch.cuda.synchronize()
-    s.loop._number += 1
+    s.loop._steps += 1
     return sum(event.count for event in found.key_averages() if event.device_time_total)
 
 

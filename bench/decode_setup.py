@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from s1fast.automaton import Program
-from s1fast.captured import DEPTH, Captured
+from s1fast.captured import Captured
 from s1fast.chat import CHATML, Chat
 from s1fast.device import Device
 from s1fast.kv_cache import PAGE_SIZE, KVCache, Pages
@@ -148,30 +148,19 @@ def setup(
         for layer_PSNK in pages_LPSNK:
             layer_PSNK.normal_()
     matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
-    on_device = Device(
-        model,
-        cache,
-        prepare(choice, device, matrices),
-        vocab_size=chat.vocab_size,
-        enders=chat.ends_in_newline,
-        max_rows=max_rows,
-        depth=DEPTH,
-    )
     loop = Captured(
-        on_device,
+        prepare(choice, device, matrices),
         model=model,
-        vocab_size=chat.vocab_size,
+        chat=chat,
         pages=pages,
         cache=cache,
         max_rows=max_rows,
         max_slots=512,
         speculate=speculate,
-        reduce=None,
-        agree=lambda x: x,
         emit=lambda *_: None,
         fail=_fail,
     )
-    return Setup(model, chat, pages, cache, loop, on_device)
+    return Setup(model, chat, pages, cache, loop, loop.device)
 
 
 def _fail(job: int, error: Exception) -> None:

@@ -15,7 +15,8 @@ orders and tokens alone, so all ranks decide the same.
   goes to its line on the device, between two launches. When a row joins or is taken away, the next
   step is laid out anew from the rows' state: a launch sees the rows that were armed when it was
   made.
-* What a row leaves, its line and its pages, is free when the last launch that saw it is done.
+* What a row leaves, its line and its pages, is free when the last launch that saw it is done;
+  where it was written to since the last launch, with the next one.
 * Where pages run short, fewer steps are launched ahead, and only when none is under way does the
   youngest row give way.
 * What the device cannot do, log-probabilities, and a tree that compares two masks at its first
@@ -36,6 +37,7 @@ from s1fast.decode_step import Chunk
 from s1fast.device import Device, limit
 from s1fast.kv_cache import PAGE_SIZE
 from s1fast.loop import Loop
+from s1fast.matmul import Matmul
 from s1fast.request import Piece
 from s1fast.row import Row
 from s1fast.scheduler import Grant
@@ -55,9 +57,11 @@ class Launch:
     """One iteration's work on the device."""
 
     number: int
-    """Of its step, as the device counts; of a chunk alone, the next step's."""
+    """Of launches."""
+    step: int
+    """Number of its step, as the device counts."""
     rows: dict[int, Row]
-    """The rows that were armed, by line."""
+    """The rows that the step had, by line; none where there was no step."""
     event: Event
 
 
@@ -80,17 +84,26 @@ def record(device: torch.device) -> Event:
 class Captured(Loop):
     """Rows in, pieces and completions out, the steps between them on the device's own account."""
 
-    def __init__(self, device: Device, **arguments: Any) -> None:
+    def __init__(self, matmul: Matmul, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._device = device
+        self.device = Device(
+            self.model,
+            self.cache,
+            matmul,
+            arguments["chat"],
+            max_rows=arguments["max_rows"],
+            depth=DEPTH,
+            ranks=self._ranks,
+        )
         self._armed: dict[int, Row] = {}
         self._resident: dict[int, Row] = {}  # whose ids and pages the device has, by line
         self._laid_out: int | None = None  # the bucket that the next step is laid out for
         self._flying: deque[Launch] = deque()
-        self._leaving: list[tuple[Launch, list[int], int]] = []
-        self._number = 0
+        self._launches = self._steps = 0
+        self._written = False  # to lines or pages since the last launch
+        self._leaving: deque[tuple[int, list[int], int]] = deque()  # behind the launch's number
         self.scheduler.retire = self._retire
-        self.scheduler.margin = 1 + -(-DEPTH * device.most_slots // PAGE_SIZE)
+        self.scheduler.margin = 1 + -(-DEPTH * self.device.most_slots // PAGE_SIZE)
 
     @property
     def idle(self) -> bool:
@@ -103,32 +116,31 @@ class Captured(Loop):
             return
         while len(self._flying) >= DEPTH or not self._cover():
             self._land()
-        fed = self._fill()
-        while not self._cover():  # of those that were armed just now
-            self._land()
-        if self._armed or fed:
-            self._launch()
+        self._fill()
+        covered = self._cover()  # also those that were armed just now
+        if self._armed or self._written:
+            self._launch(covered)
         elif self._flying:
             self._land()
 
     def clear(self) -> None:
         """Gives up on all rows, when the device has done what was launched."""
-        flying, self._flying = self._flying, deque()
-        for launch in flying:
-            _wait(launch.event)
-        leaving, self._leaving = self._leaving, []
-        for _, pages, line in leaving:
-            self.scheduler.give_back(pages, line)
+        _wait(record(self.device.device))
+        self._flying.clear()
+        self._written = False
+        self._free(self._launches)
         super().clear()
-        self._device.count_from(self._number)
+        # A step that failed half-way may stand in the ring under its number.
+        self._steps += 1
+        self.device.count_from(self._steps)
 
     def warm_up(self) -> None:
         """Compiles and captures every bucket's step, while there are no rows."""
-        for bucket in self._device.graphs.buckets:
+        for bucket in self.device.graphs.buckets:
             for _ in range(2):
-                self._device.lay_out(bucket)
-                self._device.graphs.run(bucket)
-                self._number += 1
+                self.device.lay_out(bucket)
+                self.device.graphs.run(bucket)
+                self._steps += 1
         self._laid_out = None
 
     # -- to the device ---------------------------------------------------------------------------
@@ -136,7 +148,7 @@ class Captured(Loop):
     def _cover(self) -> bool:
         """Sees to it that running rows have the pages for all that the next launch may write to.
         False if that has to wait for one under way."""
-        ahead = (len(self._flying) + 1) * self._device.most_slots
+        ahead = (len(self._flying) + 1) * self.device.most_slots
         for row in list(self.scheduler.running):
             if row.line < 0:  # preempted by an older one just now
                 continue
@@ -148,13 +160,13 @@ class Captured(Loop):
                 if not self.scheduler.reach(row, length):
                     continue
             if armed and len(row.pages) > had:
-                self._device.extend(row.line, had, len(row.pages))
+                self.device.extend(row.line, had, len(row.pages))
         return True
 
-    def _fill(self) -> bool:
+    def _fill(self) -> None:
         """Admits rows, computes a chunk of what they have before their last token, and arms those
-        that are ready. Returns whether there was a chunk."""
-        most, spare = self.scheduler.max_slots, self._device.most_slots - 1
+        that are ready."""
+        most, spare = self.scheduler.max_slots, self.device.most_slots - 1
         rows = [row for row in self.scheduler.running if row.line not in self._armed]
         chunks: list[Chunk] = []
         while most:
@@ -163,9 +175,10 @@ class Captured(Loop):
                 break
             if _needs_host(row):
                 continue
+            self._written = True
             if self._resident.get(row.line) is not row:
                 self._resident[row.line] = row
-                self._device.load(row)
+                self.device.load(row)
             before = row.pending - 1
             if before <= spare:  # a step's spare slots take them along
                 spare -= before
@@ -179,29 +192,31 @@ class Captured(Loop):
                     break
             self._arm(row)
         if chunks:
-            self._device.prefill(chunks)
+            self.device.prefill(chunks)
             self.stats.steps += 1
             self.stats.slots += sum(chunk.count for chunk in chunks)
-        return bool(chunks)
 
     def _arm(self, row: Row) -> None:
-        self._device.arm(row, self.speculate)
+        self.device.arm(row, self.speculate)
         self._armed[row.line] = row
         self._laid_out = None
 
-    def _launch(self) -> None:
-        number = self._number
-        if self._armed:
-            bucket = self._device.graphs.bucket(len(self._armed))
+    def _launch(self, covered: bool) -> None:
+        """A step of the rows that are armed, if their pages are covered, and an event."""
+        rows, step = dict(self._armed) if covered else {}, self._steps
+        if rows:
+            bucket = self.device.graphs.bucket(len(rows))
             if self._laid_out != bucket:
-                self._device.lay_out(bucket)
+                self.device.lay_out(bucket)
                 self._laid_out = bucket
-            self._device.graphs.run(bucket)
-            self._number += 1
+            self.device.graphs.run(bucket)
+            self._steps += 1
             self.stats.steps += 1
         self.stats.preemptions = self.scheduler.preemptions
-        event = record(self._device.device)
-        self._flying.append(Launch(number, dict(self._armed), event))
+        event = record(self.device.device)
+        self._flying.append(Launch(self._launches, step, rows, event))
+        self._launches += 1
+        self._written = False
 
     # -- back from it ----------------------------------------------------------------------------
 
@@ -211,15 +226,10 @@ class Captured(Loop):
         _wait(launch.event)
         for line, row in launch.rows.items():
             if self._armed.get(line) is row:
-                drawn = self._device.drawn(launch.number, line)
+                drawn = self.device.drawn(launch.step, line)
                 if drawn:
                     self._guard(row, partial(self._take, row, drawn))
-        leaving, self._leaving = self._leaving, []
-        for last, pages, line in leaving:
-            if last is launch:
-                self.scheduler.give_back(pages, line)
-            else:
-                self._leaving.append((last, pages, line))
+        self._free(launch.number)
 
     def _take(self, row: Row, drawn: list[int]) -> None:
         pieces: list[Piece] = []
@@ -240,11 +250,19 @@ class Captured(Loop):
     def _retire(self, pages: list[int], line: int) -> None:
         """A row leaves: what launches under way may write to stays its own until they are done."""
         if self._armed.pop(line, None) is not None:
-            self._device.disarm(line)
+            self.device.disarm(line)
             self._laid_out = None
-        if self._resident.pop(line, None) is not None and self._flying:
-            self._leaving.append((self._flying[-1], pages, line))
+        seen = self._resident.pop(line, None) is not None
+        if seen and (self._flying or self._written):
+            last = self._launches if self._written else self._launches - 1
+            self._leaving.append((last, pages, line))
         else:
+            self.scheduler.give_back(pages, line)
+
+    def _free(self, number: int) -> None:
+        """Gives back what rows left that no launch after this one saw."""
+        while self._leaving and self._leaving[0][0] <= number:
+            _, pages, line = self._leaving.popleft()
             self.scheduler.give_back(pages, line)
 
     def _plain(self) -> None:
@@ -252,9 +270,10 @@ class Captured(Loop):
         while self._flying:
             self._land()
         for line in self._armed:
-            self._device.disarm(line)
+            self.device.disarm(line)
         self._armed, self._resident, self._laid_out = {}, {}, None
-        super().step()
+        if not self.idle:  # the rows may have failed while they landed
+            super().step()
 
 
 def _needs_host(row: Row) -> bool:

@@ -25,7 +25,8 @@ from s1fast.kernels.device_rows import Rows, Slots
 from s1fast.kernels.page_append import append_qkv
 from s1fast.kv_cache import KVCache
 from s1fast.matmul import Matmul
-from s1fast.model import Layer, Model, Reduce, inverse_frequencies
+from s1fast.model import Layer, Model, inverse_frequencies
+from s1fast.tensor_parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class DecodeStep:
 
     Args:
         max_slots: of any step.
-        reduce: sums partial results over tensor-parallel ranks, or None.
-        first: whether this is the rank whose partial results hold the residual.
+        ranks: over which partial results are summed; those of the first hold the residual.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class DecodeStep:
         rows: Rows,
         matmul: Matmul,
         max_slots: int,
-        *,
-        reduce: Reduce | None,
-        first: bool,
+        ranks: Ranks | None,
     ) -> None:
         self.model, self.cache, self.rows, self.matmul = model, cache, rows, matmul
-        self._reduce, self._first = reduce, first
+        self._ranks = ranks
         self._layers = cast(list[Layer], list(model.layers))
         device = cache.k.device
         self._position_X = torch.arange(rows.ids_RX.shape[1], dtype=torch.int32, device=device)
         c = model.config
+        if ranks is not None:
+            ranks.sum_small(max_slots * c.hidden_size, model.compute_dtype, device)
         self._workspace = decode_workspace(
             max_slots, c.num_attention_heads, c.num_key_value_heads, c.head_dim, device
         )
@@ -154,10 +154,10 @@ class DecodeStep:
 
     def _add(self, x: Tensor, weight: Tensor, hidden_TD: Tensor, live: Tensor | None) -> Tensor:
         """hidden + x @ weight.T, over all ranks: the residual is part of one rank's sum."""
-        if self._reduce is None:
+        if self._ranks is None:
             return self.matmul(x, weight, residual_MN=hidden_TD, live=live)
-        residual = hidden_TD if self._first else None
-        return self._reduce(self.matmul(x, weight, residual_MN=residual, live=live))
+        residual = None if self._ranks.rank else hidden_TD
+        return self._ranks.reduce(self.matmul(x, weight, residual_MN=residual, live=live))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

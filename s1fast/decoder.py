@@ -10,9 +10,10 @@ at 3.0 TB/s: 22 ms. On an H200, at 4.5 TB/s, a step of the device's loop takes 1
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +23,9 @@ from torch import Tensor
 
 from s1fast import matmul as products
 from s1fast.budget import Budget
-from s1fast.captured import DEPTH, Captured
+from s1fast.captured import Captured
 from s1fast.chat import Chat
 from s1fast.checkpoint import load_model
-from s1fast.device import Device
 from s1fast.errors import InputError
 from s1fast.graphs import buckets_for, num_slots
 from s1fast.handle import Cancelled, Handle
@@ -49,6 +49,13 @@ from s1fast.tree import trunk_first
 
 _CPU = torch.device("cpu")
 
+_CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "loop": ("auto", "host", "device"),
+    "matmul": ("cuda", "torch"),
+}
+
 Budgets = Sequence[int | Literal["auto"] | None]
 
 
@@ -57,7 +64,6 @@ class _Sample:
     """What the loop is told of one sample of a request."""
 
     job: int
-    order: tuple[int, ...]
     index: int
     sample: int
     prompt_ids: list[int]
@@ -112,95 +118,60 @@ class Engine:
         speculate: int = 0,
         ranks: Ranks | None = None,
     ) -> None:
-        for name, value, least in (
-            ("max_batch", max_batch, 1),
-            ("step_tokens", step_tokens, max_batch if type(max_batch) is int else 1),
-            ("speculate", speculate, 0),
-            ("cache_tokens", PAGE_SIZE if cache_tokens is None else cache_tokens, PAGE_SIZE),
-        ):
-            if type(value) is not int or value < least:
-                raise InputError(f"{name} must be at least {least}, got {value!r}")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device: cuda was asked for, but torch sees no CUDA device")
-        cuda = torch.cuda.is_available() and device != "cpu"
-        for name, choice, choices in (
-            ("loop", loop, ("auto", "host", "device")),
-            ("matmul", matmul, ("cuda", "torch")),
-        ):
-            if choice not in choices:
-                raise InputError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
-        ahead = loop == "device" or (loop == "auto" and cuda)
-        if ahead:
-            buckets_for(max_batch)
-        elif matmul == "cuda":
-            raise InputError(
-                'matmul = "cuda" is of the device\'s loop, on CUDA; take matmul = "torch"'
-            )
-        if dtype == "auto":
-            dtype = "bfloat16" if cuda else "float32"
+        counts = {
+            "max_batch": (max_batch, 1),
+            "step_tokens": (step_tokens, max_batch if type(max_batch) is int else 1),
+            "speculate": (speculate, 0),
+            "cache_tokens": (PAGE_SIZE if cache_tokens is None else cache_tokens, PAGE_SIZE),
+        }
+        choices = {"device": device, "dtype": dtype, "loop": loop, "matmul": matmul}
+        cuda, ahead = _checked(counts, choices)
         folder = find(str(model))
         self.chat = Chat.load(folder)
         self.chat.choose_markers(markers)
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else _CPU
-        kind = getattr(torch, dtype)
+        kind = (
+            torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and cuda) else torch.float32
+        )
         self.model: Model = (
             load_model(folder, self.device, kind)
             if ranks is None
             else load_shard(folder, self.device, kind, ranks)
         )
         self.model.requires_grad_(False)
-        if self.chat.vocab_size > self.model.config.vocab_size:
+        config = self.model.config
+        if self.chat.vocab_size > config.vocab_size:
             raise InputError(f"{folder}: tokenizer.json has more ids than config.json's vocab_size")
-        self.max_batch, self.context = max_batch, self.model.config.max_position_embeddings
-        count = num_pages(self.model.config, kind, self.device, max_batch, cache_tokens)
+        self.context, self._ranks, self._preempt = config.max_position_embeddings, ranks, preempt
+        count = num_pages(config, kind, self.device, max_batch, cache_tokens)
         self.pages = Pages(count, reuse=reuse_prompts)
-        cache = KVCache(self.model.config, count, max_batch, self.device, kind)
-        self._ranks = ranks
         arguments: dict[str, Any] = {
             "model": self.model,
-            "vocab_size": self.chat.vocab_size,
+            "chat": self.chat,
             "pages": self.pages,
-            "cache": cache,
+            "cache": KVCache(config, count, max_batch, self.device, kind),
             "max_rows": max_batch,
             "max_slots": step_tokens,
             "speculate": speculate,
-            "reduce": None if ranks is None else ranks.reduce,
-            "agree": (lambda x: x) if ranks is None else ranks.agree,
             "emit": self._emit,
             "fail": self._fail,
+            "ranks": ranks,
         }
-        self._loop = (
-            Captured(self._on_device(cache, matmul), **arguments) if ahead else Loop(**arguments)
-        )
+        if ahead:
+            chosen = products.prepare(matmul, self.device, _matrices(self.model))
+            self._loop: Loop = Captured(chosen, **arguments)
+            if cuda:
+                print(chosen.describe(num_slots(buckets_for(max_batch)[-1])), file=sys.stderr)
+        else:
+            self._loop = Loop(**arguments)
         self._lock = threading.Lock()
         self._handles: dict[int, Handle] = {}
-        self._preempt = preempt
         self._reserved: dict[int, int] = {}  # pages of each job, where none is preempted
         self._fresh: list[_Sample] = []
         self._cancelled: list[int] = []
         self._thread: threading.Thread | None = None
+        self._lost: BaseException | None = None  # what ended the thread for good
         self._jobs = 0
-
-    def _on_device(self, cache: KVCache, choice: products.Choice) -> Device:
-        ranks, kind = self._ranks, self.model.compute_dtype
-        chosen = products.prepare(choice, self.device, _matrices(self.model))
-        if ranks is not None:
-            slots = num_slots(buckets_for(self.max_batch)[-1])
-            ranks.sum_small(slots * self.model.config.hidden_size, kind, self.device)
-        device = Device(
-            self.model,
-            cache,
-            chosen,
-            vocab_size=self.chat.vocab_size,
-            enders=self.chat.ends_in_newline,
-            max_rows=self.max_batch,
-            depth=DEPTH,
-            reduce=None if ranks is None else ranks.reduce,
-            first=ranks is None or not ranks.rank,
-        )
-        if self.device.type == "cuda":
-            print(chosen.describe(num_slots(device.graphs.buckets[-1])), file=sys.stderr)
-        return device
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -246,12 +217,8 @@ class Engine:
         Raises:
             InputError: a prompt or budget that cannot be honoured, naming it, before any work.
         """
-        handles = self._submit_all(self._requests(prompts, params, budget, budgets, num_ignores))
-        try:
+        with self._asked(prompts, params, budget, budgets, num_ignores) as handles:
             return [done for handle in handles for done in handle.result()]
-        finally:
-            for handle in handles:
-                handle.cancel()
 
     async def generate_async(
         self,
@@ -263,12 +230,8 @@ class Engine:
         num_ignores: Sequence[int | None] | None = None,
     ) -> list[Completion]:
         """As generate, without blocking the event loop; cancelled with its task."""
-        handles = self._submit_all(self._requests(prompts, params, budget, budgets, num_ignores))
-        try:
+        with self._asked(prompts, params, budget, budgets, num_ignores) as handles:
             return [done for handle in handles for done in await handle.aresult()]
-        finally:
-            for handle in handles:
-                handle.cancel()
 
     def stream(
         self,
@@ -281,12 +244,8 @@ class Engine:
     ) -> Iterator[Piece | Completion]:
         """Completes one prompt piece by piece; the finished Completions come last. Of a grid the
         pieces of its longest cell are shown. Whoever stops reading cancels."""
-        (request,) = self._requests([prompt], params, budget, budgets, num_ignores)
-        handle = self.submit(request)
-        try:
+        with self._asked([prompt], params, budget, budgets, num_ignores, True) as (handle,):
             yield from handle
-        finally:
-            handle.cancel()
 
     async def stream_async(
         self,
@@ -298,13 +257,9 @@ class Engine:
         num_ignores: Sequence[int | None] | None = None,
     ) -> AsyncIterator[Piece | Completion]:
         """As stream, for an async for."""
-        (request,) = self._requests([prompt], params, budget, budgets, num_ignores)
-        handle = self.submit(request)
-        try:
+        with self._asked([prompt], params, budget, budgets, num_ignores, True) as (handle,):
             async for item in handle:
                 yield item
-        finally:
-            handle.cancel()
 
     def submit(self, request: Request) -> Handle:
         """Queues a request and returns at once; any thread may.
@@ -321,24 +276,26 @@ class Engine:
                 self._cancelled.append(handle.job)
         handle.fail(Cancelled(f"request {handle.job} was cancelled"))
 
-    def _requests(
+    @contextlib.contextmanager
+    def _asked(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | None,
         budget: Budget | None,
         budgets: Budgets | None,
         num_ignores: Sequence[int | None] | None,
-    ) -> list[Request]:
-        return [
-            Request(
-                prompt=prompt,
-                params=params or SamplingParams(),
-                budget=budget,
-                budgets=budgets,
-                num_ignores=num_ignores,
-            )
-            for prompt in prompts
-        ]
+        streaming: bool = False,
+    ) -> Iterator[list[Handle]]:
+        """Requests of all prompts, for as long as somebody reads them."""
+        what: dict[str, Any] = {"budget": budget, "budgets": budgets, "num_ignores": num_ignores}
+        what["params"] = params or SamplingParams()
+        requests = [Request(prompt=prompt, **what) for prompt in prompts]
+        handles = self._submit_all(requests, streaming)
+        try:
+            yield handles
+        finally:
+            for handle in handles:
+                handle.cancel()
 
     def _submit_all(self, requests: Sequence[Request], streaming: bool = False) -> list[Handle]:
         """All of them or, where one cannot be honoured, none."""
@@ -350,6 +307,8 @@ class Engine:
         needs = [self._pages_of(r, *what) for r, what in zip(requests, compiled, strict=True)]
         handles = []
         with self._lock:
+            if self._lost is not None:
+                raise RuntimeError(f"this engine has stopped, make another: {self._lost}")
             if not self._preempt:
                 self._reserve(needs)
             for index, (request, (ids, cells)) in enumerate(zip(requests, compiled, strict=True)):
@@ -360,12 +319,12 @@ class Engine:
                 handle = Handle(job, n, len(cells), longest, self.cancel, streaming)
                 self._handles[job] = handle
                 handles.append(handle)
-                for i in range(n):
-                    what = (ids, request.params, ordered)
-                    self._fresh.append(_Sample(job, (job, i), index, i, *what))
+                what = ids, request.params, ordered
+                self._fresh += [_Sample(job, index, i, *what) for i in range(n)]
             if self._thread is None and handles:
-                self._thread = threading.Thread(target=self._run, name="s1fast")
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="s1fast")
+                thread.start()
+                self._thread = thread
         return handles
 
     def _pages_of(self, request: Request, ids: list[int], cells: list[Cell]) -> int:
@@ -414,27 +373,46 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        if self.device.type == "cuda":  # each thread has its own
-            torch.cuda.set_device(self.device)
-        while (orders := self._orders()) is not None:
-            fresh, cancelled = orders
-            try:
-                for job in cancelled:
-                    self._loop.remove(job)
-                for s in fresh:
-                    if s.job not in cancelled:
-                        self._add(s)
-                if not self._loop.idle:
-                    self._loop.step()
-            except BaseException as error:  # no request may end the thread: all are told
-                with self._lock:
-                    waiting = {s.job for s in self._fresh}
-                    running = [job for job in self._handles if job not in waiting]
+        """Works until there is nothing to do. A request that fails ends alone, a step that fails
+        ends all that run; a device or ranks that are lost end the engine, and nobody waits on."""
+        try:
+            if self.device.type == "cuda":  # each thread has its own
+                torch.cuda.set_device(self.device)
+            while (orders := self._orders()) is not None:
                 try:
+                    self._iterate(*orders)
+                except Exception as error:
+                    with self._lock:
+                        waiting = {s.job for s in self._fresh}
+                        running = [job for job in self._handles if job not in waiting]
                     self._loop.clear()
-                finally:
                     for job in running:
                         self._fail(job, error)
+        except BaseException as error:
+            with self._lock:
+                self._lost, self._thread, self._fresh = error, None, []
+                left = list(self._handles)
+            for job in left:
+                self._fail(job, error)
+            if self._ranks is not None and self._ranks.rank:
+                raise
+
+    def _iterate(self, fresh: list[_Sample], cancelled: list[int]) -> None:
+        for job in cancelled:
+            self._loop.remove(job)
+        gone = set(cancelled)
+        for s in fresh:
+            if s.job in gone:
+                continue
+            what = s.index, s.sample, s.prompt_ids, s.params, s.cells
+            try:
+                self._loop.add(Row(s.job, (s.job, s.sample), *what, self.chat))
+            except Exception as error:  # what is wrong with one request's text is its own
+                gone.add(s.job)
+                self._loop.remove(s.job)
+                self._fail(s.job, error)
+        if not self._loop.idle:
+            self._loop.step()
 
     def _fail(self, job: int, error: BaseException) -> None:
         with self._lock:
@@ -448,9 +426,10 @@ class Engine:
         ranks = self._ranks
         if ranks is not None and ranks.rank:
             return ranks.share(None)
+        if not threading.main_thread().is_alive():  # the program ends: so do its requests
+            for handle in list(self._handles.values()):
+                self.cancel(handle)
         with self._lock:
-            if not threading.main_thread().is_alive():  # the program ends: so do its requests
-                self._cancelled += self._handles
             fresh, self._fresh = self._fresh, []
             cancelled, self._cancelled = self._cancelled, []
             if self._loop.idle and not fresh and not cancelled:
@@ -458,14 +437,6 @@ class Engine:
                 return None
         orders = fresh, cancelled
         return orders if ranks is None else ranks.share(orders)
-
-    def _add(self, s: _Sample) -> None:
-        what = s.index, s.sample, s.prompt_ids, s.params, s.cells
-        try:
-            self._loop.add(Row(s.job, s.order, *what, self.chat))
-        except Exception as error:  # what is wrong with one request's text is its own
-            self._loop.remove(s.job)
-            self._fail(s.job, error)
 
     def _emit(self, row: Row, pieces: list[Piece], done: list[tuple[int, Completion]]) -> None:
         handle = self._handles.get(row.job)
@@ -481,6 +452,28 @@ class Engine:
         if handle.finished:
             with self._lock:
                 self._handles.pop(row.job, None)
+
+
+def _checked(
+    counts: Mapping[str, tuple[Any, int]], choices: Mapping[str, Any]
+) -> tuple[bool, bool]:
+    """Whether an engine of these arguments runs on CUDA, and whether ahead of its device. Raises
+    an InputError naming an argument that cannot be."""
+    for name, (value, least) in counts.items():
+        if type(value) is not int or value < least:
+            raise InputError(f"{name} must be at least {least}, got {value!r}")
+    for name, accepted in _CHOICES.items():
+        if choices[name] not in accepted:
+            raise InputError(f"{name} must be one of {', '.join(accepted)}, got {choices[name]!r}")
+    cuda = torch.cuda.is_available() and choices["device"] != "cpu"
+    if choices["device"] == "cuda" and not cuda:
+        raise InputError("device: cuda was asked for, but torch sees no CUDA device")
+    ahead = choices["loop"] == "device" or (choices["loop"] == "auto" and cuda)
+    if ahead:
+        buckets_for(counts["max_batch"][0])
+    elif choices["matmul"] == "cuda":
+        raise InputError('matmul = "cuda" is of the device\'s loop, on CUDA; take matmul = "torch"')
+    return cuda, ahead
 
 
 def _matrices(model: Model) -> dict[str, Tensor]:

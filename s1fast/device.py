@@ -11,23 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from s1fast.chat import Chat
 from s1fast.decode_step import Chunk, DecodeStep
 from s1fast.graphs import Graphs, buckets_for, num_slots
 from s1fast.kernels.advance import advance, lay_out
 from s1fast.kernels.device_rows import Field, Rows, Slots, gram_index, line_of_state
 from s1fast.kv_cache import KVCache
 from s1fast.matmul import Matmul
-from s1fast.model import Model, Reduce
+from s1fast.model import Model
 from s1fast.row import Row
+from s1fast.tensor_parallel import Ranks
 
 
 class Device:
     """Lines, the steps over them, and their ring.
 
     Args:
-        vocab_size: ids that may be drawn; enders: those whose text ends in a newline.
+        chat: whose ids may be drawn.
         max_rows: lines; depth: launches that may be under way.
-        reduce, first: see DecodeStep.
     """
 
     def __init__(
@@ -35,21 +36,19 @@ class Device:
         model: Model,
         cache: KVCache,
         matmul: Matmul,
+        chat: Chat,
         *,
-        vocab_size: int,
-        enders: frozenset[int],
         max_rows: int,
         depth: int,
-        reduce: Reduce | None = None,
-        first: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         buckets = buckets_for(max_rows)
-        self.device, self._cache, self._vocab_size = cache.k.device, cache, vocab_size
+        self.device, self._cache, self._vocab_size = cache.k.device, cache, chat.vocab_size
         self._spare = {bucket: num_slots(bucket) - bucket for bucket in buckets}
         self.most_slots = 1 + max(self._spare.values())
         """That a row can get in a step."""
         ender_V = torch.zeros(model.config.vocab_size, dtype=torch.uint8)
-        ender_V[sorted(enders)] = 1
+        ender_V[sorted(chat.ends_in_newline)] = 1
         sizes = max_rows, model.config.max_position_embeddings, cache.table.shape[1]
         self.rows = Rows.empty(*sizes, ender_V, self.device)
         most = buckets[-1], num_slots(buckets[-1])
@@ -62,9 +61,7 @@ class Device:
             if name in ("state_RF", "ids_RX", "program_RZ")
         }
         self._ring = slots.ring_DRW.numpy()
-        self._forward = DecodeStep(
-            model, cache, self.rows, matmul, most[1], reduce=reduce, first=first
-        )
+        self._forward = DecodeStep(model, cache, self.rows, matmul, most[1], ranks)
         self.graphs = Graphs(self._run, buckets, self.device)
 
     # -- lines -----------------------------------------------------------------------------------
@@ -85,7 +82,7 @@ class Device:
             drafts=min(drafts, self.most_slots - 1),
             state=row.automaton.state,
             temperature=params.temperature,
-            top_k=params.top_k,
+            top_k=min(params.top_k, self._vocab_size),  # an int32 there
             top_p=params.top_p,
             min_p=params.min_p,
             seed=params.seed,

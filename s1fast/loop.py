@@ -20,13 +20,15 @@ from torch import Tensor
 
 from s1fast import tree
 from s1fast.automaton import Phase
+from s1fast.chat import Chat
+from s1fast.kernels.device_rows import GRAM
 from s1fast.kernels.sample import sample
 from s1fast.kv_cache import KVCache, Pages
-from s1fast.model import Model, Reduce
+from s1fast.model import Model
 from s1fast.request import Completion, Logprob, Piece
 from s1fast.row import Row
 from s1fast.scheduler import Grant, Scheduler
-from s1fast.speculate import draft
+from s1fast.tensor_parallel import Ranks
 
 
 @dataclass
@@ -59,23 +61,20 @@ class Loop:
     def __init__(
         self,
         model: Model,
-        vocab_size: int,
+        chat: Chat,
         pages: Pages,
         cache: KVCache,
         *,
         max_rows: int,
         max_slots: int,
         speculate: int,
-        reduce: Reduce | None,
-        agree: Callable[[Tensor], Tensor],
         emit: Emit,
         fail: Fail,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.model, self.vocab_size, self.cache = model, vocab_size, cache
+        self.model, self.vocab_size, self.cache = model, chat.vocab_size, cache
         self.scheduler = Scheduler(pages, cache, max_rows, max_slots)
-        self.speculate, self.agree = speculate, agree
-        self.emit, self.fail = emit, fail
-        self._forward = model if reduce is None else partial(model, reduce=reduce)
+        self.speculate, self.emit, self.fail, self._ranks = speculate, emit, fail, ranks
         self.stats = Stats()
 
     @property
@@ -110,17 +109,18 @@ class Loop:
         """One forward pass and what follows from it."""
         grants = self.scheduler.plan(self._draft if self.speculate else None)
         step = self.cache.begin([grant.part() for grant in grants])
-        hidden_CD = self._forward(step.token_C, step.position_C, self.cache.attend)
+        reduce = None if self._ranks is None else self._ranks.reduce
+        hidden_CD = self.model(step.token_C, step.position_C, self.cache.attend, reduce)
         self.stats.steps += 1
         self.stats.slots += len(step.token_C)
         self.stats.preemptions = self.scheduler.preemptions
         logits_BV = self.model.logits(hidden_CD[step.wanted])
         logits_BV[:, self.vocab_size :] = -math.inf
-        likeliest = self.agree(logits_BV.argmax(-1)).tolist() if len(logits_BV) else []
+        likeliest = self._agreed(logits_BV.argmax(-1)).tolist() if len(logits_BV) else []
         at = 0
         for grant in grants:
             row, draws = grant.row, grant.draws
-            row.cached = len(row.ids) - row.pending + grant.count
+            row.cached += grant.count
             if draws:
                 stop = at + 1 + len(grant.drafts)
                 logits, found = logits_BV[at:stop], likeliest[at:stop]
@@ -129,7 +129,21 @@ class Loop:
                 at = stop
 
     def _draft(self, row: Row, most: int) -> list[int]:
-        return draft(row, min(most, self.speculate))
+        """Up to `most` ids that may follow the row's: what did the last time that its last GRAM ids
+        stood there. A draft is kept only where it equals what is drawn, so it changes when tokens
+        come, never which; reasoning repeats itself, which is all that this lives on.
+
+        `row.drafts` maps every GRAM ids to where their last occurrence but the row's end stops.
+        Ids that were taken back may be found in it still: then the draft costs its slots.
+        """
+        ids, found = row.ids, row.drafts
+        if len(ids) <= GRAM:
+            return []
+        for stop in range(max(row.indexed, GRAM), len(ids)):
+            found[tuple(ids[stop - GRAM : stop])] = stop
+        row.indexed = len(ids)
+        at = found.get(tuple(ids[-GRAM:]), len(ids))
+        return ids[at : at + min(most, self.speculate)]
 
     def _draws(self, grant: Grant, logits_BV: Tensor, likeliest: list[int]) -> None:
         """Draws after the row's last token, and after each draft that turns out right."""
@@ -172,7 +186,10 @@ class Loop:
             sample=row.sample,
             position=len(row.ids),
         )
-        return int(self.agree(token))
+        return int(self._agreed(token))
+
+    def _agreed(self, drawn: Tensor) -> Tensor:
+        return drawn if self._ranks is None else self._ranks.agree(drawn)
 
     def _compare_masks(
         self, row: Row, logits_V: Tensor, likeliest: int, masked: dict[int, None], token: int

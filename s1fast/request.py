@@ -7,7 +7,6 @@ budget that was asked for. With `budgets` or `num_ignores` there is one per pair
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -18,8 +17,8 @@ from s1fast.budget import Budget, compile_program
 from s1fast.chat import Chat, Message
 from s1fast.errors import InputError
 
-COLDEST = 1e-6
-"""Least temperature above 0: logits divided by it stay far inside fp32."""
+COLDEST, HOTTEST = 1e-6, 1e6
+"""Temperatures above 0: logits divided by them stay far inside fp32."""
 
 MOST_LOGPROBS = 100
 
@@ -55,8 +54,8 @@ class SamplingParams:
         rules = [
             (
                 "temperature",
-                _number(self.temperature, 0, math.inf) and not 0 < self.temperature < COLDEST,
-                f"0 or a number from {COLDEST}",
+                _number(self.temperature, 0, HOTTEST) and not 0 < self.temperature < COLDEST,
+                f"0 or a number in {COLDEST:g}..{HOTTEST:g}",
             ),
             ("top_k", type(self.top_k) is int and self.top_k >= 0, "a count"),
             ("top_p", _number(self.top_p, 0, 1) and self.top_p > 0, "in (0, 1]"),
@@ -83,7 +82,7 @@ class SamplingParams:
 
 
 def _number(value: object, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value <= high and value != math.inf  # type: ignore[operator]
+    return type(value) in (int, float) and low <= value <= high  # type: ignore[operator]
 
 
 def _all_are(values: object, kind: type) -> bool:

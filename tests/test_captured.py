@@ -264,7 +264,7 @@ def test_a_request_that_fails(writer: Ascii, monkeypatch: pytest.MonkeyPatch) ->
     assert len(good.result()[0].token_ids) == 60
     with pytest.raises(RuntimeError, match="no such token"):
         worse.result()
-    graphs, calls = looped(engine)._device.graphs, []
+    graphs, calls = looped(engine).device.graphs, []
     run = graphs.run
 
     def breaks(bucket: int) -> None:
@@ -286,7 +286,7 @@ def test_warm_up(writer: Ascii) -> None:
     """The steps that it launches are counted here as there; it is refused while rows run."""
     engine = ahead(writer, max_batch=3)
     engine.warm_up()
-    assert list(looped(engine)._device.graphs._graphs) == [1, 2, 4]
+    assert list(looped(engine).device.graphs._graphs) == [1, 2, 4]
     prompts, params = prompts_of(writer.chat, 9, 30, 12), sampled()
     wanted = writer.engine.generate(prompts, params)
     for a, b in zip(wanted, engine.generate(prompts, params), strict=True):
@@ -300,6 +300,16 @@ def test_warm_up(writer: Ascii) -> None:
 
 def test_soak(restless: Ascii) -> None:
     soak(restless, 150, seed=1, loop="device", **ON)
+
+
+def test_extremes_of_sampling(writer: Ascii) -> None:
+    """What a line on the device could not hold ends nobody's request."""
+    (prompt,) = prompts_of(writer.chat, 9)
+    for fields in ({"top_k": 1 << 40}, {"temperature": 1e6, "seed": (1 << 64) - 1}):
+        params = sampled(max_tokens=9, **fields)
+        (a,) = writer.engine.generate([prompt], params)
+        (b,) = ahead(writer).generate([prompt], params)
+        assert check_equal(writer, a, b, params)
 
 
 @pytest.mark.slow
@@ -336,6 +346,7 @@ class Late:
         self.asked = 0
         self.lines: set[int] = set()
         self.pages: set[int] = set()
+        self.written: set[int] = set()
 
     def query(self) -> bool:
         self.asked += 1
@@ -343,13 +354,15 @@ class Late:
 
 
 class Watch:
-    """Knows, of every launch whose event has not come, the lines and pages that its slots name."""
+    """Knows, of every launch whose event has not come, the lines and pages that its slots name, and
+    the lines that were written before it."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.late: list[Late] = []
         self.checked = 0
-        device, pages = looped(engine)._device, engine.pages
+        device, pages = looped(engine).device, engine.pages
         run, load, take = device.graphs.run, device.load, pages.take
+        written: set[int] = set()
         named: list[tuple[set[int], set[int]]] = []
 
         def launches(bucket: int) -> None:
@@ -363,6 +376,8 @@ class Watch:
             late = Late()
             if named:
                 late.lines, late.pages = named.pop()
+            late.written |= written
+            written.clear()
             self.late.append(late)
             return late
 
@@ -373,6 +388,9 @@ class Watch:
 
         def loads(row: Row) -> None:
             self.check(row.line, {x for late in self.open() for x in late.lines}, "line")
+            unread = {x for late in self.open() for x in late.written}
+            self.check(row.line, unread | written, "memory of line")
+            written.add(row.line)
             load(row)
 
         monkeypatch.setattr(captured, "record", event)
@@ -431,14 +449,38 @@ def test_what_is_reused_early_is_noticed(writer: Ascii, monkeypatch: pytest.Monk
             crowd(engine, writer)
 
 
+def test_a_row_that_goes_before_its_first_launch(
+    writer: Ascii, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one on its line waits until what was written of it has been read."""
+    engine = ahead(writer, max_batch=1)
+    Watch(engine, monkeypatch)
+    loop, failed = looped(engine), []
+    fill = loop._fill
+
+    def fails() -> None:
+        fill()
+        if not failed:
+            failed.append(loop._resident[0].job)
+            loop.remove(failed[0])
+            loop.fail(failed[0], RuntimeError("gone"))
+
+    monkeypatch.setattr(loop, "_fill", fails)
+    requests = [Request(prompt=p, params=sampled()) for p in prompts_of(writer.chat, 30, 9)]
+    first, second = engine._submit_all(requests)
+    with pytest.raises(RuntimeError, match="gone"):
+        first.result()
+    assert len(second.result()[0].token_ids) == 60
+
+
 def test_the_host_reads_no_tensor(writer: Ascii, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an iteration all but what stands for the device: chunks, layouts, steps."""
     engine = ahead(writer, cache_tokens=256, max_batch=4, speculate=3)
     inside: list[str] = []
     for owner, name in (
-        (looped(engine)._device, "prefill"),
-        (looped(engine)._device, "lay_out"),
-        (looped(engine)._device.graphs, "run"),
+        (looped(engine).device, "prefill"),
+        (looped(engine).device, "lay_out"),
+        (looped(engine).device.graphs, "run"),
     ):
         monkeypatch.setattr(owner, name, _within(inside, getattr(owner, name)))
     prompts = writer.prompts(3, 20, 9, 30, 5, 12)

@@ -455,6 +455,7 @@ def test_bfloat16_decodes(make_model: MakeModel) -> None:
         ({"temperature": float("inf")}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 1e-40}, "temperature"),
+        ({"temperature": 1e300}, "temperature"),
         ({"temperature": False}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 2.5}, "top_k"),
@@ -480,6 +481,7 @@ def test_a_sampling_field_that_cannot_hold_is_named(fields: dict[str, Any], name
 
 def test_the_extremes_that_can_hold_do() -> None:
     SamplingParams(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, stop=(), stop_token_ids=())
+    SamplingParams(temperature=1e6, top_k=1 << 40)
     SamplingParams(temperature=1e-6, top_p=1e-9, min_p=1.0, seed=(1 << 64) - 1, stop=["a"])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from s1fast.handle import Cancelled, Handle
 from s1fast.kv_cache import PAGE_SIZE
 from s1fast.loop import Loop
 from s1fast.request import Completion, Piece, Request
+from s1fast.row import Row
 from writers import Ascii, check_equal, prompts_of, sampled
 
 MakeModel = Callable[..., Path]
@@ -329,6 +332,73 @@ def test_an_idle_engine_has_no_thread_and_can_be_forgotten(writer: Ascii) -> Non
     assert len(gc.get_referrers(weights)) <= 2
 
 
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_an_engine_that_is_lost_leaves_nobody_waiting(
+    writer: Ascii, monkeypatch: pytest.MonkeyPatch, loop: Any
+) -> None:
+    """A device that fails for good fails when the loop is cleared as well."""
+    engine = Engine(writer.folder, loop=loop)
+    handles = [
+        engine.submit(Request(prompt=p, params=SamplingParams(max_tokens=900)))
+        for p in prompts_of(writer.chat, 9, 12)
+    ]
+    next(iter(handles[0]))
+    for name in ("step", "clear"):
+        monkeypatch.setattr(engine._loop, name, lambda: 1 / 0)
+    for handle in handles:
+        with pytest.raises(ZeroDivisionError):
+            handle.result()
+    with pytest.raises(RuntimeError, match="has stopped, make another: division by zero"):
+        engine.generate(["Hi"])
+    assert engine._thread is None and not engine._handles
+
+
+def test_a_request_that_cannot_begin_ends_with_all_its_samples(
+    writer: Ascii, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Row.begin
+
+    def fails(self: Row) -> list[Piece]:
+        if self.sample == 1:
+            raise RuntimeError("no such text")
+        return begin(self)
+
+    monkeypatch.setattr(Row, "begin", fails)
+    engine = Engine(writer.folder)
+    (prompt,) = prompts_of(writer.chat, 9)
+    with pytest.raises(RuntimeError, match="no such text"):
+        engine.generate([prompt], SamplingParams(max_tokens=900, n=3))
+    eventually_idle(engine)
+    assert engine.stats.steps == 0
+
+
+END = """
+import sys, threading
+from s1fast import Engine, SamplingParams
+from s1fast.request import Request
+
+engine = Engine(sys.argv[1])
+request = Request(prompt=[3, 4, 5], params=SamplingParams(max_tokens=1000, n=64))
+handles = [engine.submit(request) for _ in range(2)]
+
+def wait():
+    try:
+        handles[1].result()
+    except BaseException as error:
+        print(type(error).__name__)
+
+threading.Thread(target=wait).start()
+next(iter(handles[0]))
+"""
+
+
+def test_a_program_ends_with_its_main_thread(writer: Ascii) -> None:
+    """Whoever waits for a request is told; none keeps the process."""
+    command = [sys.executable, "-c", END, str(writer.folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split()) == (0, ["Cancelled"]), ended.stderr
+
+
 # -- a soak ---------------------------------------------------------------------------------
 
 
@@ -353,6 +423,8 @@ def test_soak_at_length(restless: Ascii, seed: int) -> None:
         ({"step_tokens": 8}, "step_tokens must be at least 64, got 8"),
         ({"speculate": -1}, "speculate must be at least 0"),
         ({"cache_tokens": 3}, "cache_tokens must be at least 16"),
+        ({"device": "gpu"}, "device must be one of auto, cpu, cuda, got 'gpu'"),
+        ({"dtype": "float16"}, "dtype must be one of auto, float32, bfloat16"),
         ({"markers": "s2"}, "markers 's2': there are auto, s1, s1.1, think"),
     ],
 )

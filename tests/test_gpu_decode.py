@@ -59,13 +59,13 @@ def test_steps_are_captured_and_replayed(writer: Ascii) -> None:  # noqa: F811
     wanted = writer.engine.generate(prompts, params)
     lazy, warm = ahead(writer), ahead(writer, max_batch=20)
     warm.warm_up()
-    graphs = looped(warm)._device.graphs
+    graphs = looped(warm).device.graphs
     assert list(graphs._graphs) == [1, 2, 4, 8, 16, 24] and all(graphs._graphs.values())
     for engine in (lazy, warm):
         found = engine.generate(prompts, params) + engine.generate(prompts[:1], params)
         for a, b in zip([*wanted, wanted[0]], found, strict=True):
             check_equal(writer, a, b, params)
-    assert looped(lazy)._device.graphs._graphs[24] is not None
+    assert looped(lazy).device.graphs._graphs[24] is not None
 
 
 def test_an_iteration_waits_for_nothing(writer: Ascii) -> None:  # noqa: F811

@@ -73,16 +73,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "request": {"automaton", "budget", "chat", "errors"},
     "row": {"automaton", "chat", "request"},
     "scheduler": {"kv_cache", "row"},
-    "speculate": {"row"},
     "tree": {"automaton", "request", "row"},
-    "loop": {"automaton", "kernels", "kv_cache", "model", "request", "row", "scheduler"}
-    | {"speculate", "tree"},
+    "loop": {"automaton", "chat", "kernels", "kv_cache", "model", "request", "row", "scheduler"}
+    | {"tensor_parallel", "tree"},
     "graphs": {"errors"},
-    "decode_step": {"kernels", "kv_cache", "matmul", "model"},
-    "device": {"decode_step", "graphs", "kernels", "kv_cache", "matmul", "model", "row"},
-    "captured": {"decode_step", "device", "kv_cache", "loop", "request", "row", "scheduler"},
+    "decode_step": {"kernels", "kv_cache", "matmul", "model", "tensor_parallel"},
+    "device": {"chat", "decode_step", "graphs", "kernels", "kv_cache", "matmul", "model", "row"}
+    | {"tensor_parallel"},
+    "captured": {"decode_step", "device", "kv_cache", "loop", "matmul", "request", "row"}
+    | {"scheduler"},
     "handle": {"request"},
-    "decoder": {"budget", "captured", "chat", "checkpoint", "device", "errors", "graphs", "handle"}
+    "decoder": {"budget", "captured", "chat", "checkpoint", "errors", "graphs", "handle"}
     | {"hub", "kv_cache", "loop", "markers", "matmul", "model", "request", "row"}
     | {"tensor_parallel", "tree"},
     "console": {"decoder", "request"},

@@ -121,13 +121,15 @@ def build(case: Case) -> Measured:
     from triton import compile, knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = case.kernel.arg_names
     stated = {**case.signature, **dict.fromkeys(case.constants, "constexpr")}
     if set(names) != set(stated):
         raise ValueError(f"arguments {set(names) ^ set(stated)} are not both taken and stated")
     kinds = [stated[name].partition(":") for name in names]
-    source = ASTSource(
+    kind_of_source = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = kind_of_source(
         fn=case.kernel,
         signature={name: kind for name, (kind, _, _) in zip(names, kinds, strict=True)},
         constexprs=case.constants,

@@ -59,7 +59,8 @@ class Turns:
         _LOCAL.number = number
         try:
             self._await(number)
-            call()
+            with torch.no_grad():
+                call()
         except BaseException as error:
             self.failure = self.failure or error
         with self.changed:

@@ -71,6 +71,12 @@ def _tile_of(tile_ptr, index, M: gl.constexpr, N: gl.constexpr, CAUSAL: gl.const
     return start, length, row, (stop + N - 1) // N
 
 
+@gluon_jit
+def _slot(i, STAGES: gl.constexpr):
+    """(slot of the ring for its i-th tile, phase of the slot's barriers)."""
+    return i % STAGES, i // STAGES % 2
+
+
 # -- producer ------------------------------------------------------------------------------------
 
 
@@ -81,19 +87,27 @@ def _copy(desc, head, row, full, to):
 
 
 @gluon_jit
-def _copy_edge(
-    desc, head, row, known, edge, phase, full, v_NK, N: gl.constexpr, LAYOUT: gl.constexpr
+def _copy_values(
+    desc, head, row, known, edge, edges, full, v_NK, N: gl.constexpr, LAYOUT: gl.constexpr
 ):
-    """_copy of values of which only the first `known` are the sequence's own: zeros for others."""
-    _copy(desc, head, row, edge, v_NK)
-    hopper.mbarrier.wait(edge, phase)
-    row_8 = gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
-    for i in gl.static_range(0, N, 8):
-        piece_8K = v_NK.slice(i, 8)
-        value_8K = piece_8K.load(LAYOUT)
-        piece_8K.store(gl.where((row_8 < known - i)[:, None], value_8K, 0.0))
-    hopper.fence_async_shared()
-    hopper.mbarrier.arrive(full, count=1)
+    """_copy, where only the first `known` values are the sequence's own: others become zeros.
+
+    Returns how many tiles were such an edge so far.
+    """
+    if known >= N:
+        _copy(desc, head, row, full, v_NK)
+    else:
+        _copy(desc, head, row, edge, v_NK)
+        hopper.mbarrier.wait(edge, edges % 2)
+        row_8 = gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
+        for i in gl.static_range(0, N, 8):
+            piece_8K = v_NK.slice(i, 8)
+            value_8K = piece_8K.load(LAYOUT)
+            piece_8K.store(gl.where((row_8 < known - i)[:, None], value_8K, 0.0))
+        hopper.fence_async_shared()
+        hopper.mbarrier.arrive(full, count=1)
+        edges += 1
+    return edges
 
 
 @gluon_jit
@@ -125,7 +139,7 @@ def _produce(
     v_desc = hopper.tma.make_tensor_descriptor(
         v_ptr, [kv_heads, num_tokens, K], [stride_vh, stride_vt, 1], [1, N, K], BOX
     )
-    count = 0  # tiles of keys, and of values, copied so far
+    count = 0  # tiles of keys, and of values, of the items before
     edges = 0
     for step in range(gl.cdiv(items, gl.num_programs(0))):
         item = _item_of(step, items)
@@ -136,31 +150,31 @@ def _produce(
                 hopper.mbarrier.wait(q_empty.index(part), (step + 1) % 2)
                 to_RK = q_PRK.index(part)
                 _copy(q_desc, head, start + row + part * ROWS, q_full.index(part), to_RK)
-            for i in range(columns):
+            # In the order of use: the keys of a tile, then the values of the one before it.
+            for i in range(columns + 1):
                 column = (columns - 1 - i) * N
-                slot, free = count % STAGES, (count // STAGES + 1) % 2
-                hopper.mbarrier.wait(k_empty.index(slot), free)
-                _copy(k_desc, head // group, start + column, k_full.index(slot), k_SNK.index(slot))
-                hopper.mbarrier.wait(v_empty.index(slot), free)
-                full, to_NK = v_full.index(slot), v_SNK.index(slot)
-                if column + N > length:
-                    known = length - column
-                    _copy_edge(
+                if i < columns:
+                    slot, phase = _slot(count + i, STAGES)
+                    hopper.mbarrier.wait(k_empty.index(slot), 1 - phase)
+                    full, to_NK = k_full.index(slot), k_SNK.index(slot)
+                    _copy(k_desc, head // group, start + column, full, to_NK)
+                if i > 0:
+                    column += N
+                    slot, phase = _slot(count + i - 1, STAGES)
+                    hopper.mbarrier.wait(v_empty.index(slot), 1 - phase)
+                    edges = _copy_values(
                         v_desc,
                         head // group,
                         start + column,
-                        known,
+                        length - column,
                         edge,
-                        edges % 2,
-                        full,
-                        to_NK,
+                        edges,
+                        v_full.index(slot),
+                        v_SNK.index(slot),
                         N,
                         WIDE,
                     )
-                    edges += 1
-                else:
-                    _copy(v_desc, head // group, start + column, full, to_NK)
-                count += 1
+            count += columns
 
 
 # -- consumers -----------------------------------------------------------------------------------
@@ -211,9 +225,10 @@ def _take(
     q_PRK, q_full, _ = queries
     k_SNK, k_full, k_empty = keys
     v_SNK, v_full, v_empty = values
-    slot, before = count % STAGES, (count - 1) % STAGES
-    hopper.mbarrier.wait(k_full.index(slot), count // STAGES % 2)
-    hopper.mbarrier.wait(v_full.index(before), (count - 1) // STAGES % 2)
+    slot, phase = _slot(count, STAGES)
+    hopper.mbarrier.wait(k_full.index(slot), phase)
+    before, phase = _slot(count - 1, STAGES)
+    hopper.mbarrier.wait(v_full.index(before), phase)
     if PINGPONG:  # the first consumer's first turn is its own from the start
         turns = count - step - 1
         hopper.mbarrier.wait(turn.index(PART), (turns + 1) % 2 if PART == 0 else turns % 2)
@@ -259,7 +274,7 @@ def _consume(
     q_PRK, q_full, q_empty = queries
     k_SNK, k_full, k_empty = keys
     v_SNK, v_full, v_empty = values
-    count = 0  # tiles of keys taken so far
+    count = 0  # tiles of keys of the items before
     for step in range(gl.cdiv(items, gl.num_programs(0))):
         item = _item_of(step, items)
         if item < items:
@@ -267,9 +282,9 @@ def _consume(
             start, length, row, columns = _tile_of(tile_ptr, item // heads, M, N, CAUSAL)
             row_R = row + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORE))
             last_R = gl.minimum(row_R, length - 1) if CAUSAL else row_R * 0 + length - 1
-            slot = count % STAGES
+            slot, phase = _slot(count, STAGES)
             hopper.mbarrier.wait(q_full.index(PART), step % 2)
-            hopper.mbarrier.wait(k_full.index(slot), count // STAGES % 2)
+            hopper.mbarrier.wait(k_full.index(slot), phase)
             score = _issue_scores(q_PRK.index(PART), k_SNK.index(slot), N, SCORE)
             score_RN = hopper.warpgroup_mma_wait(0, [score])
             hopper.mbarrier.arrive(k_empty.index(slot), count=1)
@@ -332,8 +347,8 @@ def _consume(
                 )
             hopper.mbarrier.arrive(q_empty.index(PART), count=1)
             count += columns
-            slot = (count - 1) % STAGES
-            hopper.mbarrier.wait(v_full.index(slot), (count - 1) // STAGES % 2)
+            slot, phase = _slot(count - 1, STAGES)
+            hopper.mbarrier.wait(v_full.index(slot), phase)
             acc = hopper.warpgroup_mma(p_RN, v_SNK.index(slot), acc_RK, is_async=True)
             acc_RK = hopper.warpgroup_mma_wait(0, [acc])
             hopper.mbarrier.arrive(v_empty.index(slot), count=1)

@@ -120,9 +120,11 @@ def _produce(
     CAUSAL: gl.constexpr,
 ):
     """Copies what the consumers need, as slots become empty."""
-    q_ptr, k_ptr, v_ptr, tile_ptr, queries, keys, values, edge = made[:8]
-    num_tokens, heads, group, items = made[8:12]
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh = made[12:]
+    inputs, strides, tile_ptr, rings, edge, sizes = made
+    q_ptr, k_ptr, v_ptr = inputs
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh = strides
+    num_tokens, heads, group, items = sizes
+    queries, keys, values = rings
     q_PRK, q_full, q_empty = queries
     k_SNK, k_full, k_empty = keys
     v_SNK, v_full, v_empty = values
@@ -199,9 +201,7 @@ def _as_operand(p_RN, LAYOUT: gl.constexpr):
 
 @gluon_jit
 def _take(
-    queries,
-    keys,
-    values,
+    rings,
     turn,
     step,
     count,
@@ -222,6 +222,7 @@ def _take(
     ACC: gl.constexpr,
 ):
     """Scores and softmax of the tile of keys `count`, product with the values of the one before."""
+    queries, keys, values = rings
     q_PRK, q_full, _ = queries
     k_SNK, k_full, k_empty = keys
     v_SNK, v_full, v_empty = values
@@ -265,12 +266,14 @@ def _consume(
     CAUSAL: gl.constexpr,
 ):
     """Rows PART * 64 and on of every tile of this block."""
-    out_ptr, lse2_ptr, tile_ptr, queries, keys, values, turn, scale2 = taken[:8]
-    num_tokens, heads, items, stride_ot, stride_oh = taken[8:]
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4, 1], [1, 0])
     M: gl.constexpr = PARTS * ROWS
+    results, tile_ptr, rings, turn, scale2, sizes = taken
+    out_ptr, lse2_ptr, stride_ot, stride_oh = results
+    num_tokens, heads, _, items = sizes
+    queries, keys, values = rings
     q_PRK, q_full, q_empty = queries
     k_SNK, k_full, k_empty = keys
     v_SNK, v_full, v_empty = values
@@ -294,14 +297,12 @@ def _consume(
             sum_R = gl.sum(p_RN, 1)
             p_RN = _as_operand(p_RN, ACC)
             acc_RK = gl.zeros((ROWS, K), gl.float32, ACC)
-            first = 1
-            if CAUSAL and M > N:
-                first = columns - row // N
-                for i in range(1, first):
+            DEEP: gl.constexpr = CAUSAL and M > N  # the diagonal reaches beyond the first tile
+            first = columns - row // N if DEEP else 1
+            for free in gl.static_range(0 if DEEP else 1, 2):  # with a mask, then without
+                for i in range(first if free else 1, columns if free else first):
                     high_R, sum_R, acc_RK, p_RN = _take(
-                        queries,
-                        keys,
-                        values,
+                        rings,
                         turn,
                         step,
                         count + i,
@@ -317,34 +318,10 @@ def _consume(
                         N,
                         STAGES,
                         PINGPONG,
-                        True,
+                        free == 0,
                         SCORE,
                         ACC,
                     )
-            for i in range(first, columns):
-                high_R, sum_R, acc_RK, p_RN = _take(
-                    queries,
-                    keys,
-                    values,
-                    turn,
-                    step,
-                    count + i,
-                    (columns - 1 - i) * N,
-                    last_R,
-                    scale2,
-                    high_R,
-                    sum_R,
-                    acc_RK,
-                    p_RN,
-                    PART,
-                    PARTS,
-                    N,
-                    STAGES,
-                    PINGPONG,
-                    False,
-                    SCORE,
-                    ACC,
-                )
             hopper.mbarrier.arrive(q_empty.index(PART), count=1)
             count += columns
             slot, phase = _slot(count - 1, STAGES)
@@ -419,11 +396,13 @@ def _attention_forward_gluon_kernel(
     turn = _barriers(PARTS, 1)
     edge = _barriers(1, 1)
     hopper.fence_async_shared()  # copies count on the barriers too
-    taken = (out_ptr, lse2_ptr, tile_ptr, queries, keys, values, turn, scale2)
-    taken += (num_tokens, heads, items, stride_ot, stride_oh)
-    made = (q_ptr, k_ptr, v_ptr, tile_ptr, queries, keys, values, edge.index(0))
-    made += (num_tokens, heads, group, items)
-    made += (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh)
+    rings = (queries, keys, values)
+    results = (out_ptr, lse2_ptr, stride_ot, stride_oh)
+    inputs = (q_ptr, k_ptr, v_ptr)
+    strides = (stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh)
+    sizes = (num_tokens, heads, group, items)
+    taken = (results, tile_ptr, rings, turn, scale2, sizes)
+    made = (inputs, strides, tile_ptr, rings, edge.index(0), sizes)
     if PARTS == 2:
         gl.warp_specialize(
             [

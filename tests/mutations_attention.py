@@ -296,11 +296,9 @@ MUTATIONS = (
     ),
     _gluon(
         "queries given back before the last scores",
-        """            for i in range(first, columns):
-""",
-        """            hopper.mbarrier.arrive(q_empty.index(PART), count=1)
-            for i in range(first, columns):
-""",
+        "            for free in gl.static_range",
+        "            hopper.mbarrier.arrive(q_empty.index(PART), count=1)\n"
+        "            for free in gl.static_range",
     ),
     _gluon(
         "scores not waited for",
@@ -370,7 +368,7 @@ MUTATIONS = (
     _gluon("edge's phase", "wait(edge, edges % 2)", "wait(edge, 0)"),
     _gluon("mask one late", "column_N[None, :] <= (last", "column_N[None, :] <= 1 + (last"),
     _gluon("mask one short", "column_N[None, :] <= (last", "column_N[None, :] < (last"),
-    _gluon("diagonal without a mask", "first = columns - row // N", "first = 1"),
+    _gluon("diagonal without a mask", "columns - row // N if DEEP", "1 if DEEP"),
     _gluon("full: a key beyond", "else row_R * 0 + length - 1", "else row_R * 0 + length"),
     _gluon("sum without rescale", "sum_R * fade_R +", "sum_R +"),
     _gluon(

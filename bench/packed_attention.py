@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from s1fast import published
 from s1fast.bench.op import Forward, MissingError, Op, Output, Problem, Provider
 from s1fast.errors import InputError
-from s1fast.kernels.packed_attention import packed_attention
+from s1fast.kernels.packed_attention import check_backend, packed_attention
 
 BINS = published.TRACES["simplescaling/s1K"]
 SHORTEST, BIN_WIDTH = published.FIRST_BIN, published.BIN_WIDTH
@@ -164,6 +164,16 @@ def deterministic() -> Iterator[None]:
         settings.fill_uninitialized_memory = before[1]
 
 
+def gluon(problem: Problem) -> Forward:
+    """Ours with the forward for Hopper; the backward is the same."""
+    q_THK = problem.arguments[0]
+    try:
+        check_backend("gluon", q_THK.device, q_THK.dtype, q_THK.shape[2])
+    except ValueError as error:
+        raise MissingError(str(error)) from None
+    return partial(packed_attention, *problem.arguments, backend="gluon")
+
+
 def sdpa(problem: Problem) -> Forward:
     return partial(packed_attention, *problem.arguments, backend="reference")
 
@@ -250,6 +260,7 @@ OP = Op(
     reference=reference,
     ours=Provider("s1fast", lambda problem: lambda: packed_attention(*problem.arguments)),
     peers=(
+        Provider("s1fast, forward in Gluon", gluon),
         Provider("torch varlen (FA2)", partial(varlen, grouped=True)),
         Provider("torch varlen (FA2), k/v repeated", partial(varlen, grouped=False)),
         Provider(

@@ -20,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s1fast.kernels import packed_attention_backward as gradients
+from s1fast.kernels import packed_attention_gluon as gluon_kernels
 from s1fast.kernels import packed_attention_triton as kernels
-from s1fast.kernels.jit import INTERPRETED, triton
+from s1fast.kernels.jit import INTERPRETED, gluon, triton
 
-Backend = Literal["triton", "flash", "torch", "reference"]
+Backend = Literal["triton", "gluon", "flash", "torch", "reference"]
+OURS: tuple[Backend, ...] = ("triton", "gluon")
+"""Backends by our own kernels: opaque to a compiler, with a log-sum-exp."""
 
 
 @overload
@@ -78,10 +81,11 @@ def packed_attention(
         max_seqlen: length of the longest sequence.
         causal: whether a token sees only itself and those before it.
         softmax_scale: K ** -0.5 unless given.
-        backend: "triton": ours, bf16 with K 64 or 128; "flash": flash-attn, whichever of 4, 3 and 2
-            is installed; "torch": torch.nn.attention.varlen; "reference": torch's
-            scaled_dot_product_attention, sequence by sequence. None: default_backend.
-        return_lse: also return the log-sum-exp of every row, by "triton" only.
+        backend: "triton": ours, bf16 with K 64 or 128; "gluon": the same with a forward for Hopper
+            alone (H100, H200); "flash": flash-attn, whichever of 4, 3 and 2 is installed;
+            "torch": torch.nn.attention.varlen; "reference": torch's scaled_dot_product_attention,
+            sequence by sequence. None: default_backend.
+        return_lse: also return the log-sum-exp of every row, by "triton" and "gluon" only.
 
     Returns:
         (T, H, K) in q's dtype. Tokens beyond cu_seqlens[-1] get zeros. With return_lse also
@@ -104,8 +108,8 @@ def packed_attention(
         raise ValueError(f"softmax_scale {scale}: expected a positive number")
     if not torch.compiler.is_compiling():  # a compiled graph is one for every length
         _checked_bounds(cu_seqlens, len(q_THK), max_seqlen)
-    if backend == "triton":
-        out_THK, lse2_HT = forward(q_THK, k_TNK, v_TNK, cu_seqlens, causal, scale)
+    if backend in OURS:
+        out_THK, lse2_HT = forward(q_THK, k_TNK, v_TNK, cu_seqlens, causal, scale, backend)
         return (out_THK, lse2_HT / kernels.LOG2_E) if return_lse else out_THK
     if return_lse:
         raise ValueError(f"return_lse: backend {backend!r} does not return it, 'triton' does")
@@ -138,14 +142,20 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype, width:
         raise ValueError(f"backend {backend!r} needs tensors on CUDA, not on {device}; {other}")
     if backend == "flash":
         _flash_module()
-    if backend == "triton":
+    if backend in OURS:
         if triton is None:
-            raise ValueError(f"backend 'triton': not installed; pip install triton, or {other}")
+            raise ValueError(f"backend {backend!r}: not installed; pip install triton, or {other}")
         if dtype != torch.bfloat16:
-            raise ValueError(f"backend 'triton' takes torch.bfloat16, not {dtype}; {other}")
+            raise ValueError(f"backend {backend!r} takes torch.bfloat16, not {dtype}; {other}")
         if width not in kernels.FORWARD:
             widths = " or ".join(map(str, kernels.FORWARD))
-            raise ValueError(f"backend 'triton' takes heads {widths} wide, not {width}; {other}")
+            raise ValueError(f"backend {backend!r} takes heads {widths} wide, not {width}; {other}")
+    if backend == "gluon":
+        if gluon is None:
+            raise ValueError("backend 'gluon' needs Triton 3.6 or newer; or choose 'triton'")
+        if torch.cuda.get_device_capability(device)[0] != 9:
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(f"backend 'gluon' is for Hopper, not for {name}; choose 'triton'")
 
 
 # -- checks --------------------------------------------------------------------------------------
@@ -215,16 +225,18 @@ def forward(
     cu_seqlens: Tensor,
     causal: bool,
     scale: float,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
-    """(out_THK, lse2_HT), log-sum-exp to base 2."""
+    """(out_THK, lse2_HT), log-sum-exp to base 2; `backend` is one of OURS."""
     for name, x in (("q_THK", q_THK), ("k_TNK", k_TNK), ("v_TNK", v_TNK)):
         if not _fits_tma(x):
             raise ValueError(
-                f"{name} {tuple(x.shape)} has strides {x.stride()}: backend 'triton' needs unit "
+                f"{name} {tuple(x.shape)} has strides {x.stride()}: backend {backend!r} needs unit "
                 f"stride along K and rows at multiples of 16 bytes; pass {name}.contiguous()"
             )
     bounds = _checked_bounds(cu_seqlens, len(q_THK))
-    return kernels.forward(q_THK, k_TNK, v_TNK, bounds, causal, scale)
+    module = gluon_kernels if backend == "gluon" else kernels
+    return module.forward(q_THK, k_TNK, v_TNK, bounds, causal, scale)
 
 
 @forward.register_fake
@@ -235,6 +247,7 @@ def _(
     cu_seqlens: Tensor,
     causal: bool,
     scale: float,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     num_tokens, heads, _ = q_THK.shape
     return q_THK.new_empty(q_THK.shape), q_THK.new_empty(heads, num_tokens, dtype=torch.float32)
@@ -292,7 +305,7 @@ def _aligned(dout_THK: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q_THK, k_TNK, v_TNK, cu_seqlens, ctx.causal, ctx.scale = inputs
+    q_THK, k_TNK, v_TNK, cu_seqlens, ctx.causal, ctx.scale, _ = inputs
     out_THK, lse2_HT = output
     ctx.save_for_backward(q_THK, k_TNK, v_TNK, out_THK, lse2_HT, cu_seqlens)
     ctx.mark_non_differentiable(lse2_HT)
@@ -301,11 +314,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout_THK, _):
     if dout_THK is None:
-        return (None,) * 6
+        return (None,) * 7
     q_THK, k_TNK, v_TNK, out_THK, lse2_HT, cu_seqlens = ctx.saved_tensors
     saved = (q_THK, k_TNK, v_TNK, delta(dout_THK, out_THK), lse2_HT, cu_seqlens)
     found = backward(dout_THK, *saved, ctx.causal, ctx.scale)
-    return *found, None, None, None
+    return *found, None, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

@@ -176,11 +176,26 @@ def _constants(tile: Tile, width: int, causal: bool) -> tuple[dict[str, Any], di
     return constants, options | ({"maxnreg": registers[0]} if registers else {})
 
 
+def allow_descriptors() -> None:
+    """Before a launch of a kernel that makes them."""
+    triton.set_allocator(_scratch)  # kept per thread, and autograd walks in threads of its own
+
+
 def launch(kernel, grid: int, tile: Tile, width: int, causal: bool, *arguments) -> None:
     constants, options = _constants(tile, width, causal)
-    triton.set_allocator(_scratch)  # kept per thread, and autograd walks in threads of its own
+    allow_descriptors()
     if grid:
         kernel[(grid,)](*arguments, **constants, **options)
+
+
+def empty_results(q_THK: Tensor, bounds: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(out_THK, lse2_HT), set beyond the last sequence only: zeros and -inf."""
+    num_tokens, heads, _ = q_THK.shape
+    out_THK = q_THK.new_empty(q_THK.shape)
+    lse2_HT = q_THK.new_empty(heads, num_tokens, dtype=torch.float32)
+    out_THK[bounds[-1] :] = 0.0
+    lse2_HT[:, bounds[-1] :] = -torch.inf
+    return out_THK, lse2_HT
 
 
 def forward(
@@ -193,10 +208,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out_THK, lse2_HT): zeros and -inf beyond the last sequence."""
     num_tokens, heads, width = q_THK.shape
-    out_THK = q_THK.new_empty(q_THK.shape)
-    lse2_HT = q_THK.new_empty(heads, num_tokens, dtype=torch.float32)
-    out_THK[bounds[-1] :] = 0.0
-    lse2_HT[:, bounds[-1] :] = -torch.inf
+    out_THK, lse2_HT = empty_results(q_THK, bounds)
     tile = FORWARD[width]
     table = tiles(bounds, tile[0], causal, q_THK.device)
     launch(
@@ -226,7 +238,7 @@ _TYPES = (
     {f"{x}_ptr": "*bf16" for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")}
     | {"lse2_ptr": "*fp32", "delta_ptr": "*fp32", "tile_ptr": "*i32"}
     | {"scale": "fp32", "scale2": "fp32"}
-    | dict.fromkeys(("num_tokens", "heads", "kv_heads", "group"), "i32")
+    | dict.fromkeys(("num_tokens", "heads", "kv_heads", "group", "items"), "i32")
     | {
         f"stride_{x}{i}": "i32:16"
         for x in ("q", "k", "v", "o", "d", "dq", "dk", "dv")
@@ -242,14 +254,14 @@ def case(name: str, kernel, constants: dict[str, Any], options: dict[str, int]):
     return name, kernel, types, {x: y for x, y in constants.items() if x in taken}, options
 
 
-_ONES = dict.fromkeys(("num_tokens", "heads", "kv_heads", "group"), 1)
+_ONES = dict.fromkeys(("num_tokens", "heads", "kv_heads", "group", "items"), 1)
 """A launch makes constants of arguments that are 1."""
 
 
-def cases(name: str, kernel, shipped: dict[int, Tile]):
+def cases(name: str, kernel, shipped: dict[int, Any], constants_of=_constants):
     for width in shipped:
         for causal in (True, False):
-            constants, options = _constants(shipped[width], width, causal)
+            constants, options = constants_of(shipped[width], width, causal)
             full = f"packed_attention/{name}/{width}{'' if causal else '/full'}"
             yield case(full, kernel, constants, options)
             if causal:

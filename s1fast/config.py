@@ -121,9 +121,10 @@ class TrainConfig:
     """Arithmetic; weights are fp32 always. auto: bfloat16 on GPU, float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
-    attention: Literal["auto", "triton", "flash", "torch", "reference"] = "auto"
-    """Ours, flash-attn, torch's varlen attention, or torch's sequence by sequence. auto: triton on
-    a GPU in bfloat16 where heads are 64 or 128 wide, else reference."""
+    attention: Literal["auto", "triton", "gluon", "flash", "torch", "reference"] = "auto"
+    """Ours, ours with a forward for Hopper alone, flash-attn, torch's varlen attention, or torch's
+    sequence by sequence. auto: triton on a GPU in bfloat16 where heads are 64 or 128 wide, else
+    reference."""
     dry_run: bool = False
     """Print what the run would take, its memory, minutes and dollars, and stop."""
     profile: str = ""

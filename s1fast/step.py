@@ -23,7 +23,7 @@ from s1fast.balance import StepPlan, plan_step
 from s1fast.chat import Example
 from s1fast.config import TrainConfig
 from s1fast.errors import InputError
-from s1fast.kernels.packed_attention import Backend, check_backend, default_backend
+from s1fast.kernels.packed_attention import OURS, Backend, check_backend, default_backend
 from s1fast.model import Model, Recompute
 from s1fast.optimizer import AdamW, learning_rates
 from s1fast.packing import (
@@ -112,7 +112,7 @@ class Trainer:
 
     def _compile(self) -> None:
         """Compiles the layers and builds every graph that a step may need, before the first one."""
-        if self.attention != "triton":
+        if self.attention not in OURS:
             raise InputError(
                 f"compile: attention {self.attention!r} cannot be compiled with the layer; choose "
                 "'triton', or leave compile away"

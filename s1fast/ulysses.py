@@ -51,14 +51,14 @@ def ulysses_attention(
 
     Arguments and result are this rank's tokens; boundaries are those of the whole stream. Query
     heads must be a multiple of the group's size; key-value heads fewer than that are repeated. No
-    group: the stream is whole. All backends compute the same; only "triton" keeps the output once.
+    group: the stream is whole. All backends compute the same; only ours keep the output once.
     """
     if group is None:
         return packed_attention(q_THK, k_TNK, v_TNK, cu_seqlens, max_seqlen, backend=backend)
     width = q_THK.shape[2]
     backend = backend or kernels.default_backend(q_THK.device, q_THK.dtype, width)
-    if backend == "triton":
-        return _Attention.apply(q_THK, k_TNK, v_TNK, cu_seqlens, group)
+    if backend in kernels.OURS:
+        return _Attention.apply(q_THK, k_TNK, v_TNK, cu_seqlens, group, backend)
     q, k, v = _ToHeads.apply(q_THK, k_TNK, v_TNK, group)
     out_THK = packed_attention(q, k, v, cu_seqlens, max_seqlen, backend=backend)
     return _ToTokens.apply(out_THK, group)
@@ -157,11 +157,11 @@ class _Attention(torch.autograd.Function):
     """The graph's node; what computes is opaque operations, as in norm_qkv."""
 
     @staticmethod
-    def forward(ctx: Any, q_THK, k_TNK, v_TNK, cu_seqlens, group):
+    def forward(ctx: Any, q_THK, k_TNK, v_TNK, cu_seqlens, group, backend):
         ctx.group, ctx.repeats = group, _repeats(k_TNK, group)
         ctx.scale = q_THK.shape[2] ** -0.5
         heads = to_heads(q_THK, k_TNK, v_TNK, group)
-        out_heads, lse2 = kernels.forward(*heads, cu_seqlens, True, ctx.scale)
+        out_heads, lse2 = kernels.forward(*heads, cu_seqlens, True, ctx.scale, backend)
         (out_THK,) = _collect([out_heads], group)
         ctx.save_for_backward(*heads, lse2, out_THK, cu_seqlens)
         return out_THK
@@ -172,7 +172,7 @@ class _Attention(torch.autograd.Function):
         dout, delta = _deal_gradient(dout_THK, kernels.delta(dout_THK, out_THK), ctx.group)
         saved = (q, k, v, delta, lse2, cu_seqlens)
         dq, dk, dv = kernels.backward(dout, *saved, True, ctx.scale)
-        return *to_heads_backward(dq, dk, dv, ctx.repeats, ctx.group), None, None
+        return *to_heads_backward(dq, dk, dv, ctx.repeats, ctx.group), None, None, None
 
 
 def _deal_gradient(dout_THK: Tensor, delta_HT: Tensor, group: Group) -> tuple[Tensor, Tensor]:

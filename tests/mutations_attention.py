@@ -19,6 +19,12 @@ def _attention(name: str, old: str, new: str, *tests: str) -> Mutation:
     return Mutation(f"attention: {name}", file, old, new, chosen)
 
 
+def _gluon(name: str, old: str, new: str) -> Mutation:
+    """In the forward for Hopper."""
+    tests = ("tests/test_packed_attention_gluon.py",)
+    return Mutation(f"gluon: {name}", "kernels/packed_attention_gluon.py", old, new, tests)
+
+
 def _attention_call(name: str, old: str, new: str, *tests: str) -> Mutation:
     """In what checks the arguments and registers the operation."""
     kernels = _attention(name, old, new, *tests)
@@ -269,4 +275,121 @@ MUTATIONS = (
     _refused("falling boundaries", "min(lengths, default=0) < 0", "max(lengths, default=0) < 0"),
     _refused("boundaries beyond", "bounds[-1] > num_tokens:", "bounds[-1] > num_tokens + 1:"),
     _refused("longest sequence", "default=0) > max_seqlen:", "default=0) > max_seqlen + 1:"),
+    # -- forward in Gluon: who waits for what
+    _gluon(
+        "keys given back before their scores",
+        """    score_RN = hopper.warpgroup_mma_wait(1, [score])
+    hopper.mbarrier.arrive(k_empty.index(slot), count=1)
+""",
+        """    hopper.mbarrier.arrive(k_empty.index(slot), count=1)
+    score_RN = hopper.warpgroup_mma_wait(1, [score])
+""",
+    ),
+    _gluon(
+        "values given back before their product",
+        """    acc_RK = hopper.warpgroup_mma_wait(0, [acc])
+    hopper.mbarrier.arrive(v_empty.index(before), count=1)
+""",
+        """    hopper.mbarrier.arrive(v_empty.index(before), count=1)
+    acc_RK = hopper.warpgroup_mma_wait(0, [acc])
+""",
+    ),
+    _gluon(
+        "queries given back before the last scores",
+        "            for free in gl.static_range",
+        "            hopper.mbarrier.arrive(q_empty.index(PART), count=1)\n"
+        "            for free in gl.static_range",
+    ),
+    _gluon(
+        "scores not waited for",
+        "score_RN = hopper.warpgroup_mma_wait(1,",
+        "score_RN = hopper.warpgroup_mma_wait(2,",
+    ),
+    _gluon(
+        "product not waited for",
+        "    acc_RK = hopper.warpgroup_mma_wait(0, [acc])\n    hopper.mbarrier.arrive(v_empty",
+        "    acc_RK = hopper.warpgroup_mma_wait(1, [acc])\n    hopper.mbarrier.arrive(v_empty",
+    ),
+    _gluon(
+        "keys not waited for",
+        "    hopper.mbarrier.wait(k_full.index(slot), phase)\n    before",
+        "    before",
+    ),
+    _gluon(
+        "values not waited for",
+        "    hopper.mbarrier.wait(v_full.index(before), phase)\n",
+        "",
+    ),
+    _gluon(
+        "last values not waited for",
+        "            hopper.mbarrier.wait(v_full.index(slot), phase)\n",
+        "",
+    ),
+    _gluon(
+        "queries not waited for",
+        "            hopper.mbarrier.wait(q_full.index(PART), step % 2)\n            hopper.",
+        "            hopper.",
+    ),
+    _gluon("keys overwritten", "hopper.mbarrier.wait(k_empty.index(slot), 1 - phase)", "pass"),
+    _gluon("values overwritten", "hopper.mbarrier.wait(v_empty.index(slot), 1 - phase)", "pass"),
+    _gluon(
+        "queries overwritten", "hopper.mbarrier.wait(q_empty.index(part), (step + 1) % 2)", "pass"
+    ),
+    _gluon("the producer's phase", "k_empty.index(slot), 1 - phase", "k_empty.index(slot), phase"),
+    _gluon("a phase too short", "STAGES, i // STAGES % 2", "STAGES, i % 2"),
+    _gluon(
+        "the consumers' phase",
+        "before, phase = _slot(count - 1, STAGES)",
+        "before = _slot(count - 1, STAGES)[0]",
+    ),
+    _gluon("the queries' phase", "(step + 1) % 2)", "step % 2)"),
+    _gluon(
+        "one reader of keys", "keys = _ring(STAGES, N, K, PARTS)", "keys = _ring(STAGES, N, K, 1)"
+    ),
+    _gluon(
+        "one reader of values",
+        "values = _ring(STAGES, N, K, PARTS)",
+        "values = _ring(STAGES, N, K, 1)",
+    ),
+    _gluon("half the bytes", "desc.block_type.nbytes)", "desc.block_type.nbytes // 2)"),
+    _gluon("nobody's first turn", "if PART == 0 else turns % 2", "if PART == 9 else turns % 2"),
+    _gluon("the turn kept", "turn.index((PART + 1) % PARTS)", "turn.index(PART)"),
+    # -- forward in Gluon: what it computes
+    _gluon("edge not zeroed", "(row_8 < known - i)", "(row_8 < N)"),
+    _gluon("edge zeroed too far", "(row_8 < known - i)", "(row_8 < known - i - 1)"),
+    _gluon("edge one short", "(row_8 < known - i)", "(row_8 < known - i + 1)"),
+    _gluon(
+        "edge without a fence",
+        "        hopper.fence_async_shared()\n        hopper.mbarrier",
+        "        hopper.mbarrier",
+    ),
+    _gluon("edge for whole tiles alone", "if known >= N:", "if known < N:"),
+    _gluon("no edge of one", "if known >= N:", "if known >= N - 1:"),
+    _gluon("edge's phase", "wait(edge, edges % 2)", "wait(edge, 0)"),
+    _gluon("mask one late", "column_N[None, :] <= (last", "column_N[None, :] <= 1 + (last"),
+    _gluon("mask one short", "column_N[None, :] <= (last", "column_N[None, :] < (last"),
+    _gluon("diagonal without a mask", "columns - row // N if DEEP", "1 if DEEP"),
+    _gluon("full: a key beyond", "else row_R * 0 + length - 1", "else row_R * 0 + length"),
+    _gluon("sum without rescale", "sum_R * fade_R +", "sum_R +"),
+    _gluon(
+        "output without rescale",
+        "acc_RK * gl.convert_layout(fade_R, gl.SliceLayout(1, ACC))[:, None]",
+        "acc_RK",
+    ),
+    _gluon(
+        "maximum of this tile alone",
+        "gl.maximum(high_R, gl.max(score_RN, 1))",
+        "gl.max(score_RN, 1)",
+    ),
+    _gluon("keys in the wrong order", "column = (columns - 1 - i) * N", "column = i * N"),
+    _gluon("key head", "_copy(k_desc, head // group", "_copy(k_desc, head % group"),
+    _gluon("rows of a consumer", "start + row + part * ROWS", "start + row"),
+    _gluon("log-sum-exp without the sum", "high_R * scale2 + gl.log2(sum_R)", "high_R * scale2"),
+    _gluon(
+        "log-sum-exp written beyond",
+        "lse2_R, mask=row_R < length)",
+        "lse2_R, mask=row_R <= length)",
+    ),
+    _gluon("output written beyond", "mask=(row_R < length)[:", "mask=(row_R <= length)[:"),
+    _gluon("a block's items", "gl.num_programs(0), gl.program_id(0)", "gl.num_programs(0), 0"),
 )

@@ -213,7 +213,7 @@ def test_deterministic_mode_is_its_own(stand: Stand, monkeypatch: pytest.MonkeyP
 
 
 def test_missing_peers_say_why(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("torch varlen (FA2)", "flash-attn 4", "flash-attn 2")
+    names = ("torch varlen (FA2)", "flash-attn 4", "flash-attn 2", "s1fast, forward in Gluon")
 
     def old(query: Tensor, key: Tensor) -> None:
         """torch 2.11's, which knows no grouped heads."""
@@ -222,6 +222,7 @@ def test_missing_peers_say_why(stand: Stand, monkeypatch: pytest.MonkeyPatch) ->
     found = measured(monkeypatch, *names)
     assert {found[name]["status"] for name in names} == {"missing"}
     assert "takes no grouped heads" in found[names[0]]["reason"]
+    assert "'gluon' needs tensors on CUDA" in found[names[3]]["reason"]
     assert found["flash-attn 2"]["reason"] == "flash_attn has no flash_attn_varlen_func"
 
 

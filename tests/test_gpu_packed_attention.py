@@ -25,6 +25,14 @@ SCORES = 1 << 27  # that the float64 oracle holds at a time: 1 GB
 NAMES = ("out", "dq", "dk", "dv")
 
 
+@pytest.fixture(params=["triton", "gluon"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each of ours that the device takes."""
+    if request.param == "gluon" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("backend 'gluon' is for Hopper")
+    return request.param
+
+
 def lengths(count: int, low: int, high: int, seed: int = 0) -> tuple[int, ...]:
     draw = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(low, high + 1, (count,), generator=draw).tolist())
@@ -39,6 +47,7 @@ class Problem:
     width: int = 128
     tail: int = 0
     causal: bool = True
+    backend: str = "triton"
 
     def __post_init__(self) -> None:
         draw = torch.Generator(DEVICE).manual_seed(0)
@@ -57,10 +66,10 @@ class Problem:
     def batch(self) -> tuple[Tensor, int]:
         return torch.tensor(self.bounds, dtype=torch.int32), max(self.lengths)
 
-    def run(self, backend: str = "triton") -> list[Tensor]:
+    def run(self, backend: str | None = None) -> list[Tensor]:
         """Output and the gradients of q, k and v."""
         inputs = [x.detach().requires_grad_() for x in self.inputs]
-        options: dict[str, Any] = {"causal": self.causal, "backend": backend}
+        options: dict[str, Any] = {"causal": self.causal, "backend": backend or self.backend}
         out_THK = packed_attention(*inputs, *self.batch(), **options)
         grads = torch.autograd.grad(out_THK, inputs, self.dout_THK)
         return [out_THK.detach(), *grads]
@@ -126,7 +135,12 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 # -- values ------------------------------------------------------------------------------------
 
-CASES: dict[str, dict[str, Any]] = {
+EDGES = (1, 63, 64, 65, 127, 128, 129, 0, 300, 383)
+
+CASES: dict[str, dict[str, Any]] = {  # edges: seen within seconds
+    "edges": {"lengths": EDGES, "heads": (5, 1), "tail": 3},
+    "edges, width 64": {"lengths": EDGES, "heads": (4, 2), "width": 64},
+    "edges, full": {"lengths": EDGES, "heads": (2, 2), "causal": False, "tail": 200},
     "s1K": {"lengths": lengths(16, 1200, 8600), "heads": (40, 8), "tail": 100},
     "Ulysses": {"lengths": lengths(8, 2500, 7000), "heads": (5, 1)},
     "width 64": {"lengths": lengths(12, 1, 3000), "heads": (9, 3), "width": 64, "tail": 1},
@@ -144,15 +158,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", CASES)
-def test_errors_are_eagers(name: str) -> None:
+def test_errors_are_eagers(name: str, backend: str) -> None:
     """At most twice that of torch's own bf16 kernels, plus a rounding of the largest value.
 
     Measured against the larger error of varlen_attn and scaled_dot_product_attention: orders of the
     same sums, each as good as another.
     """
-    problem = Problem(**CASES[name])
+    problem = Problem(**CASES[name], backend=backend)
     exact, found = problem.exact(), problem.run()
-    peers = [problem.run(backend) for backend in ("torch", "reference")]
+    peers = [problem.run(peer) for peer in ("torch", "reference")]
     for i, what in enumerate(NAMES):
         ours, ours_mean = error(found[i], exact[i])
         theirs, theirs_mean = map(max, zip(*(error(x[i], exact[i]) for x in peers), strict=True))
@@ -163,11 +177,12 @@ def test_errors_are_eagers(name: str) -> None:
     assert same(problem.run(), found)
 
 
-def test_log_sum_exp() -> None:
+def test_log_sum_exp(backend: str) -> None:
     problem = Problem(lengths(4, 1, 5000), tail=9)
     q_THK, k_TNK, v_TNK = problem.inputs
     batch = problem.batch()
-    _, lse_HT = packed_attention(q_THK, k_TNK, v_TNK, *batch, backend="triton", return_lse=True)
+    options: dict[str, Any] = {"backend": backend, "return_lse": True}
+    _, lse_HT = packed_attention(q_THK, k_TNK, v_TNK, *batch, **options)
     for start, stop in pairwise(problem.bounds):
         for head in range(8):
             score_TT = q_THK[start:stop, head].double() @ k_TNK[start:stop, head // 4].double().T
@@ -179,10 +194,10 @@ def test_log_sum_exp() -> None:
     assert (lse_HT[:, problem.bounds[-1] :] == -torch.inf).all()
 
 
-def test_tensors_beyond_int32() -> None:
+def test_tensors_beyond_int32(backend: str) -> None:
     """2.5e9 elements of q: the last sequence is bit for bit what it is alone."""
-    problem = Problem((1000,) * 300, heads=(64, 8))
-    alone = Problem((1000,), heads=(64, 8))
+    problem = Problem((1000,) * 300, heads=(64, 8), backend=backend)
+    alone = Problem((1000,), heads=(64, 8), backend=backend)
     alone.inputs = [x[-1000:].clone() for x in problem.inputs]
     alone.dout_THK = problem.dout_THK[-1000:].clone()
     assert problem.inputs[0].numel() > 1 << 31
@@ -193,8 +208,8 @@ def test_tensors_beyond_int32() -> None:
 
 
 @pytest.mark.parametrize("width", [64, 128])
-def test_a_thousand_runs_are_bit_identical(width: int) -> None:
-    problem = Problem((1000, 3001, 17, 700), heads=(8, 2), width=width, tail=5)
+def test_a_thousand_runs_are_bit_identical(width: int, backend: str) -> None:
+    problem = Problem((1000, 3001, 17, 700), (8, 2), width, tail=5, backend=backend)
     first = problem.run()
     differences = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(1000):
@@ -203,9 +218,9 @@ def test_a_thousand_runs_are_bit_identical(width: int) -> None:
     assert differences == 0
 
 
-def test_neighbours_change_no_bit() -> None:
+def test_neighbours_change_no_bit(backend: str) -> None:
     """NaN in every second sequence and in the tail."""
-    problem = Problem(lengths(16, 1, 2000), heads=(8, 2), tail=300)
+    problem = Problem(lengths(16, 1, 2000), heads=(8, 2), tail=300, backend=backend)
     clean = problem.run()
     spans = [*pairwise(problem.bounds)]
     for start, stop in [*spans[1::2], (problem.bounds[-1], None)]:
@@ -216,11 +231,12 @@ def test_neighbours_change_no_bit() -> None:
         assert same([x[start:stop] for x in dirty], [x[start:stop] for x in clean])
 
 
-def test_compiled_is_bit_identical() -> None:
+def test_compiled_is_bit_identical(backend: str) -> None:
     """By inductor, in one graph, with other lengths later."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        return packed_attention(q, k, v, cu_seqlens, longest, backend="triton") * 2.0
+        options: dict[str, Any] = {"backend": backend}
+        return packed_attention(q, k, v, cu_seqlens, longest, **options) * 2.0
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=True)
     for seed in range(3):
@@ -248,9 +264,9 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_nothing_waits_for_the_device() -> None:
+def test_nothing_waits_for_the_device(backend: str) -> None:
     """Neither for a batch that was seen before nor for a new one."""
-    seen, new = Problem((3000, 1001, 95)), Problem((2000, 2000, 96))
+    seen, new = (Problem(x, backend=backend) for x in ((3000, 1001, 95), (2000, 2000, 96)))
     seen.run()  # the kernels are there from now on
     for problem in (seen, new):
         with no_waiting():
@@ -258,9 +274,9 @@ def test_nothing_waits_for_the_device() -> None:
     assert same(new.run(), new.run())
 
 
-def test_a_queued_device_is_not_waited_for() -> None:
+def test_a_queued_device_is_not_waited_for(backend: str) -> None:
     """The call returns while the device is still busy with what was there before."""
-    problem = Problem((3000, 1001, 95))
+    problem = Problem((3000, 1001, 95), backend=backend)
     problem.run()
     torch.cuda.synchronize()
     done = torch.cuda.Event()
@@ -310,13 +326,13 @@ def gradients(problem: Problem, backend: str, dtype: torch.dtype) -> dict[str, T
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_a_training_step() -> None:
+def test_a_training_step(backend: str) -> None:
     """SmolLM2's layers in bf16 on a padded stream, beside torch's attention; fp32 is the measure:
     its roundings are 2^-16 of bf16's."""
     problem = Problem(lengths(6, 1, 2000), heads=(9, 3), width=64, tail=130)
     exact = gradients(problem, "reference", torch.float32)
     eager = gradients(problem, "reference", torch.bfloat16)
-    found = gradients(problem, "triton", torch.bfloat16)
+    found = gradients(problem, backend, torch.bfloat16)
     assert found.keys() == exact.keys() == eager.keys()
     for name, grad in found.items():
         assert grad.isfinite().all(), name

@@ -735,7 +735,7 @@ BAD: dict[str, tuple[str, Callable[[Bad], Bad]]] = {
     ),
     "misaligned": (r"q_THK \(13, 4, 64\) .*multiples of 16 bytes", changed("q_THK", misaligned)),
     "no such backend": (
-        "backend 'cudnn': there are triton, flash, torch, reference",
+        "backend 'cudnn': there are triton, gluon, flash, torch, reference",
         stated(backend="cudnn"),
     ),
     "lse of another backend": (
@@ -755,7 +755,7 @@ def test_bad_arguments_are_named(device: str, name: str) -> None:
         packed_attention(**spoil(good(device)))
 
 
-@pytest.mark.parametrize("backend", ["triton", "flash", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "gluon", "flash", "torch"])
 def test_backends_that_need_cuda(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "INTERPRETED", False)
     problem = Problem((4, 7), device="cpu")
@@ -775,6 +775,19 @@ def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
     assert asked == ["flash_attn.cute", "flash_attn_interface", "flash_attn"]
     with pytest.raises(ValueError, match="'triton': not installed; pip install triton"):
         attention.check_backend("triton", *heads)
+
+
+def test_gluon_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = (torch.device("cuda"), torch.bfloat16, 64)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match="'gluon' is for Hopper, not for an A100; choose 'triton'"):
+        attention.check_backend("gluon", *heads)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attention.check_backend("gluon", *heads)
+    monkeypatch.setattr(attention, "gluon", None)
+    with pytest.raises(ValueError, match=r"'gluon' needs Triton 3\.6 or newer; or choose"):
+        attention.check_backend("gluon", *heads)
 
 
 def test_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:

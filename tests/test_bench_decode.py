@@ -36,8 +36,9 @@ def small() -> Iterator[Setup]:
 
 def test_every_case_but_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "read_gb_s", lambda: 20.0)
-    words = "--only step intervention forced tree latency parallel --batch 1 3 --context 128 256"
-    options, results = decode.parse([*words.split(), "--small", "--fraction", "0.005"]), {}
+    words = "--only step intervention forced tree latency --batch 1 3 --context 128 256"
+    results: dict[str, Any] = {}
+    options = decode.parse([*words.split(), "--small", "--fraction", "0.005"])
     with torch.inference_mode():
         decode.run(options, results)
     found = {(row["case"], row.get("batch")): row for row in results["rows"]}
@@ -47,7 +48,16 @@ def test_every_case_but_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert forced["long_steps"] == forced["short_steps"] + 3  # 24 tokens in eight slots
     assert found["latency", None]["waits"] == 2 and found["latency", None]["client_rounds"] == 4
     assert len(found["tree", None]["budgets"]) == 6
-    rank = found["parallel", 3]  # two ranks alone: there are two key-value heads
+
+
+def test_ranks_are_projected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them alone, as there are two key-value heads."""
+    monkeypatch.setattr(decode, "read_gb_s", lambda: 20.0)
+    results: dict[str, Any] = {}
+    with torch.inference_mode():
+        words = "--small --only parallel --batch 3 --context 128"
+        decode.run(decode.parse(words.split()), results)
+    (rank,) = results["rows"]
     assert rank["ranks"] == 2 and rank["all_reduce_us"] == 7.0
     sums_ms = 2 * 2 * 7e-3  # two a layer
     assert rank["projected_step_ms"] == pytest.approx(rank["rank_ms"] + sums_ms)

@@ -207,7 +207,9 @@ def _cell(cell: Cell, rows: Sequence[Row]) -> dict[str, Any]:
         **_accuracy([fmean([row["correct"] for row in group]) for group in groups]),
         "thinking_tokens": _spread([row["thoughts_tokens"] for row in counted]),
         "answer_tokens": _spread([row["answer_tokens"] for row in counted]),
-        "forced_ends": _share(counted, "thinking_end", "length"),
+        "forced_ends": _known_mean(
+            [None if r["waits_used"] is None else r["thinking_end"] == "length" for r in counted]
+        ),
         "waits": _known_mean([row["waits_used"] for row in counted]),
         "without_answer": sum(not row["extracted"] for row in counted),
         "undecided": sum(not row["correct"] and not row["decided"] for row in counted),
@@ -254,14 +256,9 @@ def _known_mean(values: Sequence[float | None]) -> float | None:
 
 
 def _spread(values: Sequence[int | None]) -> dict[str, float] | None:
-    mean = _known_mean(values)
     known = [value for value in values if value is not None]
+    mean = _known_mean(values)
     return None if mean is None else {"mean": mean, "min": min(known), "max": max(known)}
-
-
-def _share(rows: Sequence[Row], name: str, value: str) -> float | None:
-    known = [row[name] == value for row in rows if row["waits_used"] is not None]
-    return _known_mean(known) if len(known) == len(rows) else None
 
 
 def _methods(cells: Sequence[Cell], made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ def torchs(problem: Problem, *, compiled: bool = False) -> Forward:
         run = torch.compile(by_torch, fullgraph=True)
 
     def product(weight_NK: Tensor) -> Tensor:
-        return run(x_MK, weight_NK, norm_K, None, residual_MN, EPS, swiglu)
+        return run(x_MK, weight_NK, norm_K=norm_K, eps=EPS, residual_MN=residual_MN, swiglu=swiglu)
 
     return replay(product, weights, count)
 

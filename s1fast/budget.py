@@ -151,16 +151,16 @@ def compile_program(
     forced = tuple(chat.encode(f"{markers.answer}\n{budget.final_text}"))
     newline = tuple(chat.encode("\n"))
     longest = budget.max_thinking_tokens
+    where = (
+        f"max_tokens {limit}" if max_tokens else f"the context, {limit} tokens after the prompt,"
+    )
     if longest == "auto":
         longest = len(thinking) + limit - len(forced) - ANSWER_ROOM
         if longest < 0:
             raise InputError(
-                f"max_thinking_tokens 'auto': the prompt leaves {limit} tokens, the end of "
-                f"thinking and an answer need {len(forced) + ANSWER_ROOM}"
+                f"max_thinking_tokens 'auto': {where} cannot hold the end of thinking and an "
+                f"answer, {len(forced) + ANSWER_ROOM} tokens; give more, or a number"
             )
-    where = (
-        f"max_tokens {limit}" if max_tokens else f"the context, {limit} tokens after the prompt,"
-    )
     _check_room(budget, longest, len(thinking), limit, len(newline) + len(forced), where)
     ignore_ids = tuple(tuple(chat.encode(text)) for text in budget.ignore_texts)
     if any(_holds(ids, ends) for ids in ignore_ids):

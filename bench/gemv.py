@@ -79,7 +79,7 @@ def torchs(problem: Problem, *, compiling: bool = False) -> Forward:
     run = compiled(problem, by_torch, fullgraph=True) if compiling else by_torch
 
     def product(weight_NK: Tensor) -> Tensor:
-        return run(x_MK, weight_NK, norm_K, None, residual_MN, EPS, swiglu)
+        return run(x_MK, weight_NK, norm_K=norm_K, eps=EPS, residual_MN=residual_MN, swiglu=swiglu)
 
     return replay(product, weights, count)
 

@@ -24,7 +24,7 @@ end string even if it lies beyond the cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,18 +63,27 @@ class Budget:
             self.min_thinking_tokens,
             self.num_ignore,
         )
-        if longest is not None and longest != "auto" and not _is_count(longest):
-            raise InputError(
-                f"max_thinking_tokens must be a count, 'auto' or None, got {longest!r}"
-            )
-        if not _is_count(least):
-            raise InputError(f"min_thinking_tokens must be a count, got {least!r}")
-        if ignores is not None and not _is_count(ignores):
-            raise InputError(f"num_ignore must be a count or None, got {ignores!r}")
+        texts = [self.ignore_text] if isinstance(self.ignore_text, str) else self.ignore_text
+        listed = isinstance(texts, list | tuple) and len(texts) > 0
+        rules = [
+            (
+                "max_thinking_tokens",
+                longest in (None, "auto") or _is_count(longest),
+                "a count, 'auto' or None",
+            ),
+            ("min_thinking_tokens", _is_count(least), "a count"),
+            ("num_ignore", ignores is None or _is_count(ignores), "a count or None"),
+            ("accounting", self.accounting in ("total", "harness"), "'total' or 'harness'"),
+            (
+                "ignore_text",
+                listed and all(isinstance(text, str) for text in texts),
+                "a text or a list of texts",
+            ),
+            ("final_text", isinstance(self.final_text, str), "a text"),
+        ]
+        check_fields(self, rules)
         if isinstance(longest, int) and least > longest:
             raise InputError(f"min_thinking_tokens {least} is above max_thinking_tokens {longest}")
-        if self.accounting not in ("total", "harness"):
-            raise InputError(f"accounting must be 'total' or 'harness', got {self.accounting!r}")
         if self.accounting == "harness" and longest is None:
             raise InputError("accounting 'harness' needs max_thinking_tokens: it cuts to it")
         if self.accounting == "harness" and ignores is not None and least > 1:
@@ -82,17 +91,17 @@ class Budget:
                 f"min_thinking_tokens {least} with num_ignore: the harness has no such run; use "
                 "accounting 'total'"
             )
-        texts = self.ignore_texts
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                f"ignore_text must be a text or a list of texts, got {self.ignore_text!r}"
-            )
-        if not isinstance(self.final_text, str):
-            raise InputError(f"final_text must be a text, got {self.final_text!r}")
 
     @property
     def ignore_texts(self) -> tuple[str, ...]:
         return (self.ignore_text,) if isinstance(self.ignore_text, str) else tuple(self.ignore_text)
+
+
+def check_fields(values: object, rules: Iterable[tuple[str, bool, str]]) -> None:
+    """Raises an InputError for the first (field, whether it holds, what it must be) that fails."""
+    for name, holds, rule in rules:
+        if not holds:
+            raise InputError(f"{name} must be {rule}, got {getattr(values, name)!r}")
 
 
 def _is_count(value: object) -> bool:
@@ -139,37 +148,20 @@ def compile_program(
     thinking = _open_thinking(chat, prompt_ids, ends)
     if thinking is None:
         return Program(max_tokens=limit, room=room, stop_ids=stop_ids, ends=ends)
-    forced = chat.encode(f"{markers.answer}\n{budget.final_text}")
-    newline = chat.encode("\n")
+    forced = tuple(chat.encode(f"{markers.answer}\n{budget.final_text}"))
+    newline = tuple(chat.encode("\n"))
     longest = budget.max_thinking_tokens
+    where = (
+        f"max_tokens {limit}" if max_tokens else f"the context, {limit} tokens after the prompt,"
+    )
     if longest == "auto":
         longest = len(thinking) + limit - len(forced) - ANSWER_ROOM
         if longest < 0:
             raise InputError(
-                f"max_thinking_tokens 'auto': the prompt leaves {limit} tokens, the end of "
-                f"thinking and an answer need {len(forced) + ANSWER_ROOM}"
+                f"max_thinking_tokens 'auto': {where} cannot hold the end of thinking and an "
+                f"answer, {len(forced) + ANSWER_ROOM} tokens; give more, or a number"
             )
-    generated = 0 if longest is None else max(0, longest - len(thinking))
-    needed = generated + len(newline) + len(forced)
-    if longest is not None and needed > limit:
-        left = (
-            f"max_tokens {limit}"
-            if max_tokens
-            else f"the context, {limit} tokens after the prompt,"
-        )
-        raise InputError(
-            f"{left} cannot hold max_thinking_tokens {longest} and the "
-            f"{len(newline) + len(forced)} tokens that end thinking; it needs {needed}"
-        )
-    if budget.min_thinking_tokens > len(thinking) + limit:
-        raise InputError(
-            f"min_thinking_tokens {budget.min_thinking_tokens} is above max_tokens {limit}"
-        )
-    if longest is not None and budget.min_thinking_tokens > longest:
-        raise InputError(
-            f"min_thinking_tokens {budget.min_thinking_tokens} is above what "
-            f"max_thinking_tokens 'auto' leaves, {longest}"
-        )
+    _check_room(budget, longest, len(thinking), limit, len(newline) + len(forced), where)
     ignore_ids = tuple(tuple(chat.encode(text)) for text in budget.ignore_texts)
     if any(_holds(ids, ends) for ids in ignore_ids):
         raise InputError(
@@ -191,13 +183,34 @@ def compile_program(
         ends=ends,
         ignore_ids=ignore_ids,
         natural_ids=tuple(chat.encode(markers.answer)),
-        forced_ids=tuple(forced),
-        newline_ids=tuple(newline),
+        forced_ids=forced,
+        newline_ids=newline,
         newline_enders=chat.ends_in_newline,
         harness=budget.accounting == "harness",
     )
     _ = program.table  # too large a program is refused here, not in the loop
     return program
+
+
+def _check_room(
+    budget: Budget, longest: int | None, thought: int, limit: int, ending: int, where: str
+) -> None:
+    """Whether `limit` tokens, which are `where`, hold what is asked for and the ids that end it."""
+    least = budget.min_thinking_tokens
+    if longest is not None:
+        needed = max(0, longest - thought) + ending
+        if needed > limit:
+            raise InputError(
+                f"{where} cannot hold max_thinking_tokens {longest} and the {ending} tokens that "
+                f"end thinking; it needs {needed}"
+            )
+    if least > thought + limit:
+        raise InputError(f"min_thinking_tokens {least} is above max_tokens {limit}")
+    if longest is not None and least > longest:
+        raise InputError(
+            f"min_thinking_tokens {least} is above what max_thinking_tokens 'auto' leaves, "
+            f"{longest}"
+        )
 
 
 def _end_ids(chat: Chat) -> tuple[tuple[int, ...], ...]:

@@ -130,9 +130,9 @@ class Engine:
         self.chat = Chat.load(folder)
         self.chat.choose_markers(markers)
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else _CPU
-        kind = (
-            torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and cuda) else torch.float32
-        )
+        if dtype == "auto":
+            dtype = "bfloat16" if cuda else "float32"
+        kind = getattr(torch, dtype)
         self.model: Model = (
             load_model(folder, self.device, kind)
             if ranks is None

@@ -14,7 +14,7 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,32 +46,11 @@ class Matmul:
     choice: Choice
     workspace: Tensor | None = None
 
-    def __call__(
-        self,
-        x_MK: Tensor,
-        weight_NK: Tensor,
-        *,
-        norm_K: Tensor | None = None,
-        eps: float = 0.0,
-        bias_N: Tensor | None = None,
-        residual_MN: Tensor | None = None,
-        swiglu: bool = False,
-        live: Tensor | None = None,
-    ) -> Tensor:
-        """One product, by what was chosen for so many tokens; arguments as `gemv` takes them."""
+    def __call__(self, x_MK: Tensor, weight_NK: Tensor, **around: Any) -> Tensor:
+        """One product, by what was chosen for so many tokens; the rest as `gemv` takes it."""
         if self.workspace is None or len(x_MK) > MAX_TOKENS:
-            return by_torch(x_MK, weight_NK, norm_K, bias_N, residual_MN, eps, swiglu)
-        return gemv(
-            x_MK,
-            weight_NK,
-            self.workspace,
-            norm_K=norm_K,
-            eps=eps,
-            bias_N=bias_N,
-            residual_MN=residual_MN,
-            swiglu=swiglu,
-            live=live,
-        )
+            return by_torch(x_MK, weight_NK, **around)
+        return gemv(x_MK, weight_NK, self.workspace, **around)
 
     def describe(self, max_tokens: int) -> str:
         """The path per number of tokens, for the line that is printed at load."""
@@ -172,13 +151,15 @@ def gemv(
 def by_torch(
     x_MK: Tensor,
     weight_NK: Tensor,
-    norm_K: Tensor | None,
-    bias_N: Tensor | None,
-    residual_MN: Tensor | None,
-    eps: float,
-    swiglu: bool,
+    *,
+    norm_K: Tensor | None = None,
+    eps: float = 0.0,
+    bias_N: Tensor | None = None,
+    residual_MN: Tensor | None = None,
+    swiglu: bool = False,
+    live: Tensor | None = None,
 ) -> Tensor:
-    """The same by torch and our norm and activation; the reference on a CPU."""
+    """The same by torch and our norm and activation, of all tokens; the reference on a CPU."""
     if norm_K is not None:
         x_MK = rms_norm(x_MK, norm_K, eps)
     if residual_MN is not None and bias_N is None:
@@ -207,7 +188,8 @@ def _fake(x, weight, workspace, norm, bias, residual, live, eps, swiglu):
 
 
 def _on_cpu(x, weight, workspace, norm, bias, residual, live, eps, swiglu):
-    return by_torch(x, weight, norm, bias, residual, eps, swiglu)
+    around = {"norm_K": norm, "bias_N": bias, "residual_MN": residual}
+    return by_torch(x, weight, eps=eps, swiglu=swiglu, **around)
 
 
 def _check(

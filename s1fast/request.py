@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Literal
 
 from s1fast.automaton import Program
-from s1fast.budget import Budget, compile_program
+from s1fast.budget import Budget, check_fields, compile_program
 from s1fast.chat import Chat, Message
 from s1fast.errors import InputError
 
@@ -76,9 +76,7 @@ class SamplingParams:
                 f"None or in 0..{MOST_LOGPROBS}",
             ),
         ]
-        for name, holds, rule in rules:
-            if not holds:
-                raise InputError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        check_fields(self, rules)
 
 
 def _number(value: object, low: float, high: float) -> bool:

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import takewhile
 
 from s1fast.automaton import Automaton, Move, Phase
 from s1fast.request import Cell, Kind, Logprob, Piece
@@ -35,42 +36,20 @@ def trunk_first(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=reach, reverse=True)
 
 
-@dataclass
+_Token = tuple[int, Kind, Logprob | None]
+
+
+@dataclass(frozen=True)
 class _Leaf:
     """Where a cell leaves the trunk: its state, the tokens that it has before, its own move."""
 
     cell: Cell
     automaton: Automaton
-    text: _Text
+    text: list[_Token]
     steps: int
     move: Move
     token: int | None = None
     logprob: Logprob | None = None
-
-
-@dataclass
-class _Text:
-    """Thinking as it stands: ids, their kinds, their log-probabilities."""
-
-    ids: list[int] = field(default_factory=list)
-    kinds: list[Kind] = field(default_factory=list)
-    logprobs: list[Logprob | None] = field(default_factory=list)
-
-    def apply(self, move: Move, token: int, logprob: Logprob | None) -> None:
-        if move.keep:
-            self.add("thinking", (token,), logprob)
-        if move.cut:
-            for values in (self.ids, self.kinds, self.logprobs):
-                del values[len(values) - move.cut :]
-        self.add("ignore", move.ignore, None)
-
-    def add(self, kind: Kind, ids: Sequence[int], logprob: Logprob | None) -> None:
-        self.ids += ids
-        self.kinds += [kind] * len(ids)
-        self.logprobs += [logprob] * len(ids)
-
-    def copy(self) -> _Text:
-        return _Text(list(self.ids), list(self.kinds), list(self.logprobs))
 
 
 def branches(trunk: Row) -> list[Row]:
@@ -116,8 +95,9 @@ def _walk(trunk: Row, cells: Sequence[Cell]) -> Iterator[_Leaf]:
         if under.phase is Phase.THINK:
             left.append(cell)
         else:
-            yield _Leaf(cell, under, _Text(), 0, move)
-    state, text = Automaton(program), _Text()
+            yield _Leaf(cell, under, [], 0, move)
+    state = Automaton(program)
+    text: list[_Token] = []
     state.begin()
     for steps, (token, logprob) in enumerate(trunk.draws, 1):
         if not left:
@@ -132,8 +112,11 @@ def _walk(trunk: Row, cells: Sequence[Cell]) -> Iterator[_Leaf]:
                 own = under.step(token)
                 if under.phase is not Phase.THINK:
                     left.remove(cell)
-                    yield _Leaf(cell, under, text.copy(), steps, own, token, logprob)
-        text.apply(move, token, logprob)
+                    yield _Leaf(cell, under, list(text), steps, own, token, logprob)
+        if move.keep:
+            text.append((token, "thinking", logprob))
+        del text[len(text) - move.cut :]
+        text += [(i, "ignore", None) for i in move.ignore]
     assert not left, "a cell's thinking is longer than the trunk's"
 
 
@@ -154,26 +137,24 @@ def _branch(trunk: Row, leaf: _Leaf, number: int) -> Row:
     row = _sibling(trunk, [leaf.cell], number)
     row.automaton, row.steps = leaf.automaton, leaf.steps
     row.cells = [(leaf.cell, leaf.automaton, leaf.steps)]
-    row.ids += leaf.text.ids
-    row.kinds = leaf.text.kinds
+    row.ids += [i for i, _, _ in leaf.text]
+    row.kinds = [kind for _, kind, _ in leaf.text]
     if trunk.params.logprobs is not None:
-        row.logprobs = leaf.text.logprobs
+        row.logprobs = [logprob for _, _, logprob in leaf.text]
     stays = len(row.kinds) + (leaf.token is not None and leaf.move.keep) - leaf.move.cut
     stays = min(stays, len(row.kinds))
-    row.continue_from(*_released(trunk.pieces, _common(row.ids, trunk.ids, row, stays)))
+    row.continue_from(*_released(trunk.pieces, _common(row, trunk, stays)))
     row.apply(leaf.move, leaf.token, "thinking", leaf.logprob)
-    row.taken_over = len(row.prompt_ids) + _common(row.ids, trunk.ids, row, len(row.kinds))
+    row.taken_over = len(row.prompt_ids) + _common(row, trunk, len(row.kinds))
     return row
 
 
-def _common(ids: list[int], others: list[int], row: Row, most: int) -> int:
+def _common(row: Row, trunk: Row, most: int) -> int:
     """How many ids after the prompt, of `most`, are the same."""
     first = len(row.prompt_ids)
-    mine, theirs = ids[first : first + most], others[first : first + most]
-    if mine == theirs:
-        return most
-    pairs = enumerate(zip(mine, theirs, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
+    stop = first + most
+    pairs = zip(row.ids[first:stop], trunk.ids[first:stop], strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _released(pieces: Sequence[Piece], most: int) -> tuple[list[Piece], int]:

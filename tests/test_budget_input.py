@@ -32,6 +32,8 @@ from s1fast.errors import InputError
         ({"accounting": "sum"}, "accounting"),
         ({"accounting": "harness"}, "max_thinking_tokens"),
         ({"ignore_text": []}, "ignore_text"),
+        ({"ignore_text": 5}, "ignore_text"),
+        ({"ignore_text": None}, "ignore_text"),
         ({"ignore_text": ["Wait", 3]}, "ignore_text"),
         ({"final_text": None}, "final_text"),
     ],

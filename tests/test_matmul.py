@@ -43,10 +43,9 @@ def test_by_torch(swiglu: bool) -> None:
         residual=not swiglu,
     )
     given = gemv_host.make_inputs(case)
-    residual_MN, bias_N = (None, None) if swiglu else (given.residual_MN, given.bias_N)
-    found_MN = by_torch(
-        given.x_MK, given.weight_NK, given.norm_K, bias_N, residual_MN, gemv_host.EPS, swiglu
-    )
+    added = {} if swiglu else {"residual_MN": given.residual_MN, "bias_N": given.bias_N}
+    around = {"norm_K": given.norm_K, "eps": gemv_host.EPS, "swiglu": swiglu, **added}
+    found_MN = by_torch(given.x_MK, given.weight_NK, **around)
     exact_MN, bound_MN = gemv_host.exact(case, given)
     assert ((found_MN.double() - exact_MN).abs() <= 4 * bound_MN + 2.0**-6).all()
 
@@ -138,7 +137,7 @@ def test_operation_loads_without_cuda(csrc_library: Path) -> None:
     library = matmul.library()
     x_MK, weight_NK = torch.randn(3, 64).to(BF16), torch.randn(48, 64).to(BF16)
     found_MN = gemv(x_MK, weight_NK, WORKSPACE, norm_K=zeros(64) + 1, eps=1e-6, swiglu=True)
-    wanted_MN = by_torch(x_MK, weight_NK, zeros(64) + 1, None, None, 1e-6, True)
+    wanted_MN = by_torch(x_MK, weight_NK, norm_K=zeros(64) + 1, eps=1e-6, swiglu=True)
     assert torch.equal(found_MN, wanted_MN) and found_MN.shape == (3, 24)
     optional = (None, None, None, None, 0.0)
     torch.library.opcheck(torch.ops.s1fast.gemv, (x_MK, weight_NK, WORKSPACE, *optional, False))

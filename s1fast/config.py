@@ -139,6 +139,13 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+_LEAST = dict.fromkeys(("max_steps", "data.preview", "checkpoint.every"), 0)
+_LEAST |= dict.fromkeys(("epochs", "batch_size", "microbatch_tokens"), 1)
+_LEAST |= dict.fromkeys(("checkpoint.keep", "log.every"), 1)
+_LEAST["data.max_length"] = 2
+_AMOUNTS = ("activation_gb", "optim.lr", "optim.weight_decay", "log.dollars_per_hour")
+
+
 def check(config: TrainConfig) -> None:
     """Raises an InputError that names the first field whose value cannot work."""
     o = config.optim
@@ -146,17 +153,8 @@ def check(config: TrainConfig) -> None:
         ("model", bool(config.model), "a folder or hub id is needed"),
         ("data.path", bool(config.data.path), "a file, folder or hub id is needed"),
         ("seed", 0 <= config.seed < 1 << 63, "must be in 0..2^63-1"),
-        ("epochs", config.epochs >= 1, "must be at least 1"),
-        ("max_steps", config.max_steps >= 0, "must not be negative"),
-        ("batch_size", config.batch_size >= 1, "must be at least 1"),
-        ("microbatch_tokens", config.microbatch_tokens >= 1, "must be at least 1"),
-        ("activation_gb", 0 <= config.activation_gb < math.inf, "must be a number from 0"),
-        ("data.max_length", config.data.max_length >= 2, "must be at least 2"),
-        ("data.preview", config.data.preview >= 0, "must not be negative"),
-        ("optim.lr", 0 <= o.lr < math.inf, "must be a number from 0"),
         ("optim.betas", all(0 <= b < 1 for b in o.betas), "must lie in [0, 1)"),
         ("optim.eps", 0 < o.eps < math.inf, "must be positive"),
-        ("optim.weight_decay", 0 <= o.weight_decay < math.inf, "must be a number from 0"),
         ("optim.warmup_ratio", 0 <= o.warmup_ratio <= 1, "must lie in [0, 1]"),
         ("optim.clip_norm", o.clip_norm > 0, "must be positive"),
         (
@@ -169,15 +167,11 @@ def check(config: TrainConfig) -> None:
             not config.profile or bool(profiled_steps(config)),
             "must be FIRST:LAST, steps counted from 1, such as 10:12",
         ),
-        ("checkpoint.every", config.checkpoint.every >= 0, "must not be negative"),
-        ("checkpoint.keep", config.checkpoint.keep >= 1, "must be at least 1"),
-        ("log.every", config.log.every >= 1, "must be at least 1"),
-        (
-            "log.dollars_per_hour",
-            0 <= config.log.dollars_per_hour < math.inf,
-            "must be a number from 0",
-        ),
     ]
+    for name, least in _LEAST.items():
+        rules.append((name, _value(config, name) >= least, f"must be at least {least}"))
+    for name in _AMOUNTS:
+        rules.append((name, 0 <= _value(config, name) < math.inf, "must be a number from 0"))
     for name in ("model", "output", "data.path", "data.split"):  # the run's own recipe is UTF-8
         found = re.search(r"[\ud800-\udfff]", str(_value(config, name)))
         rules.append((name, found is None, "must be valid Unicode"))

@@ -7,7 +7,6 @@ its source, and a plan prints it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -105,27 +104,25 @@ def find_rates(gpu: GPU, results: Path, dollars_per_hour: float = 0.0) -> Rates:
     Raises:
         InputError: a result file that is damaged.
     """
-    values = vars(assumed_rates(gpu)).copy()
-    for result, name in _results(gpu, results):  # oldest first: the newest one stays
-        values |= _measured(result, name)
+    values = vars(assumed_rates(gpu)) | _newest(gpu, results)
     if dollars_per_hour:
         values["price"] = Rate(dollars_per_hour, "$ a GPU-hour", "log.dollars_per_hour")
     return Rates(**values)
 
 
-def _results(gpu: str, folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    found = []
-    for path in sorted(folder.glob("*.json")):
+def _newest(gpu: GPU, folder: Path) -> dict[str, Rate]:
+    """Of all that results of such a GPU hold, the newest each."""
+    found: list[tuple[str, str, dict[str, Rate]]] = []
+    for path in folder.glob("*.json"):
         try:
             result = json.loads(read_bytes(path))
-            environment = result["environment"]
-            if gpu_kind(environment["device"]) == gpu and "roofs" in result:
-                found.append((environment["timestamp"], path.name, result))
+            environment, roofs = result["environment"], result.get("roofs")
+            if gpu_kind(environment["device"]) == gpu and roofs and not roofs.get("void"):
+                found.append((environment["timestamp"], path.name, _measured(result, path.name)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: no result of the bench: {error!r}") from None
-    for _, name, result in sorted(found, key=lambda one: one[:2]):
-        if not result["roofs"].get("void"):
-            yield result, name
+    found.sort(key=lambda one: one[:2])
+    return {name: rate for *_, rates in found for name, rate in rates.items()}
 
 
 def _measured(result: dict[str, Any], file: str) -> dict[str, Rate]:

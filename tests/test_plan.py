@@ -188,6 +188,12 @@ def test_measured_rates_replace_assumed_ones(tmp_path: Path) -> None:
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    torn = result("NVIDIA H100 80GB HBM3", 2900.0, "2026-01-01")
+    del torn["shapes"][0]["measurements"][0]["tflops"]["backward"]
+    (tmp_path / "torn.json").write_text(json.dumps(torn))
+    with pytest.raises(InputError, match=r"torn\.json: no result of the bench: .*backward"):
+        find_rates("H100", tmp_path)
+    assert not find_rates("H200", tmp_path).memory.measured
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(InputError, match=r"broken\.json: no result of the bench"):
         find_rates("H100", tmp_path)

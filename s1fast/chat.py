@@ -27,9 +27,6 @@ from s1fast.errors import InputError
 from s1fast.files import read_bytes, read_json_object
 from s1fast.markers import S1, choose
 
-THINK_START = S1.start
-THINK_END = S1.answer
-
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -354,7 +351,7 @@ def _s1_messages(row: dict[str, Any], where: str, teacher: str) -> list[Message]
         )
     question = _string(row, "question", where)
     answer = answer if "Answer:" in answer else "Answer: " + answer
-    content = f"{THINK_START}\n{thinking.strip()}\n{THINK_END}\n{answer.strip()}"
+    content = f"{S1.start}\n{thinking.strip()}\n{S1.answer}\n{answer.strip()}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
 
 

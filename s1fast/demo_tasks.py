@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, count
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,11 @@ class PairSearch:
         return problems[240:], problems[:240]
 
     def _problem(self, rng: random.Random) -> tuple[tuple[int, ...], int]:
-        for _ in count():
+        while True:
             numbers = tuple(rng.sample(range(1, self.largest + 1), 6))
             target = sum(rng.sample(numbers, 2))
             if sum(a + b == target for a, b in combinations(numbers, 2)) == 1:
                 return numbers, target
-        raise AssertionError
 
     def question(self, problem: Any) -> str:
         numbers, target = problem

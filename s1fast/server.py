@@ -55,7 +55,9 @@ PAGE_HEADERS = {
     "cache-control": "no-cache",
 }
 HEAD_S = 20.0
-"""Longest time that a connection may be open, and a request's head may take, before it is asked."""
+"""Longest time that a connection may be silent at first, and a request's head may take."""
+HEAD_BYTES = 1 << 20
+"""Most bytes of a head, counted with what comes in the same read."""
 
 
 # -- the application ----------------------------------------------------------------------------
@@ -135,19 +137,32 @@ def make_app(engine: Engine, model: str, config: ServeConfig, keys: list[str]) -
 
 
 class _Protocol(HttpToolsProtocol):
-    """Closes a connection whose request is not begun, or its head not whole, in time."""
+    """Closes a connection whose request is not begun, or its head not whole, in time and bytes."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._late = self.loop.call_later(HEAD_S, transport.close)
+        self._await_head()
+
+    def _await_head(self) -> None:
+        self._late = self.loop.call_later(HEAD_S, self.transport.close)
+        self._head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        if not self._late.cancelled():
+            self._head_bytes += len(data)
+        if self._head_bytes > HEAD_BYTES:
+            self.transport.close()
+        else:
+            super().data_received(data)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._late.cancel()
-        self._late = self.loop.call_later(HEAD_S, self.transport.close)
+        self._await_head()
 
     def on_headers_complete(self) -> None:
         self._late.cancel()
+        self._head_bytes = 0
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -172,7 +172,7 @@ class Service:
                 status = 200
                 return JSONResponse(body)
             status = CLIENT_LEFT if done else 504
-            return JSONResponse(late_body(self.config.timeout_s), status)
+            return JSONResponse(late_body(self.config.timeout_s), status)  # or to nobody
         finally:
             self.end(job, status)
             for task in (work, left):

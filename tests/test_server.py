@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import io
 import json
@@ -567,13 +568,28 @@ def test_a_body_that_does_not_come(served: InProcess, monkeypatch: pytest.Monkey
     slow.close()
 
 
-@pytest.mark.parametrize("data", [b"", b"GET / HT", b"GET /health HTTP/1.1\r\n\r\nGET /h"])
-def test_a_head_that_does_not_come(
-    served: InProcess, monkeypatch: pytest.MonkeyPatch, data: bytes
+BEGUN = b"GET /health HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "patience_s"),
+    [
+        (b"", 0.2),
+        (b"GET / HT", 0.2),
+        (BEGUN + b"\r\nGET /h", 0.2),
+        (BEGUN + b"X: " + b"a" * 10**7, 60),
+    ],
+    ids=["silent", "begun", "begun again", "endless"],
+)
+def test_a_head_that_does_not_end(
+    served: InProcess, monkeypatch: pytest.MonkeyPatch, data: bytes, patience_s: float
 ) -> None:
     """Idle connections would in the end take all that the system has."""
-    monkeypatch.setattr("s1fast.server.HEAD_S", 0.2)
-    with socket.create_connection(("127.0.0.1", served.port), timeout=3) as idle:
+    monkeypatch.setattr("s1fast.server.HEAD_S", patience_s)
+    with (
+        contextlib.suppress(ConnectionError),  # while it is still sent
+        socket.create_connection(("127.0.0.1", served.port), timeout=3) as idle,
+    ):
         idle.sendall(data)
         while idle.recv(1000):
             pass

@@ -190,8 +190,8 @@ def test_what_the_model_writes_is_inert(page: Any, served: InProcess) -> None:
 
 def test_a_curve_is_drawn_while_samples_come(page: Any, served: InProcess) -> None:
     fields = {"budget_number": "64", "samples": "3", "temperature": "0.8", "answer_tokens": "30"}
-    page.add_init_script("""window.counted = [];
-        new MutationObserver(() => counted.push(document.querySelectorAll('#curve .dot').length))
+    page.add_init_script("""window.dots = [];
+        new MutationObserver(() => dots.push(document.querySelectorAll('#curve .dot').length))
             .observe(document, {childList: true, subtree: true})""")
     open_page(page, served, **fields)
     page.click("#tree")
@@ -204,7 +204,7 @@ def test_a_curve_is_drawn_while_samples_come(page: Any, served: InProcess) -> No
     assert "3 samples" in page.text_content("#curve-words")
     answers = page.locator("#cells td:nth-child(3)").all_text_contents()
     # It grows as cells come: while others were still drawn, some stood there.
-    counts = page.evaluate("window.counted")
+    counts = page.evaluate("window.dots")
     assert counts == sorted(counts) and set(counts) > {0, 7}, counts
     body = served.chat(
         budgets=[64], seed=0, temperature=0.8, max_tokens=94, thinking_token_budget=None

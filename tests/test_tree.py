@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 
 from s1fast.budget import Budget
-from s1fast.decoder import Completion, Engine, SamplingParams
+from s1fast.decoder import Completion, Engine, Piece, SamplingParams
 from s1fast.errors import InputError
 from s1fast.kv_cache import PAGE_SIZE
-from s1fast.request import cost
+from s1fast.request import Request, cost, joined
 from writers import Ascii, check_equal
 
 MakeModel = Callable[..., Path]
@@ -176,6 +177,31 @@ def test_a_stream_shows_the_trunk_and_then_every_cell(restless: Ascii) -> None:
     done = [item for item in items if isinstance(item, Completion)]
     assert items[-4:] == done == restless.engine.generate([prompt], params, Budget(), **axes)
     assert items[:-4] == done[-1].pieces
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+@pytest.mark.parametrize("ignores", [[0, 2], [None, 0, 1, 3]])
+def test_every_cell_is_told_as_it_is_drawn(
+    restless: Ascii, ignores: list[int | None], loop: Any
+) -> None:
+    """Its pieces are those of its completion, in as few as join them, and come before it."""
+    engine = Engine(restless.folder, loop=loop, max_batch=32, speculate=2)
+    params = SamplingParams(max_tokens=60, temperature=0.4, n=2)
+    axes: dict[str, Any] = {"budgets": [0, 5, 17, 38, 39], "num_ignores": ignores}
+    request = Request(prompt=restless.prompts(11)[0], params=params, budget=Budget(), **axes)
+
+    async def told() -> list[tuple[int, Piece | Completion]]:
+        return [item async for item in engine.submit(request).live()]
+
+    items = asyncio.run(told())
+    ends = [at for at, (_, item) in enumerate(items) if isinstance(item, Completion)]
+    assert len(ends) == 2 * 5 * len(ignores)
+    for at in ends:
+        place, done = items[at]
+        before = [item for number, item in items if number == place and isinstance(item, Piece)]
+        assert [number for number, _ in items[at + 1 :]].count(place) == 0
+        assert isinstance(done, Completion) and joined(before) == joined(done.pieces)
+    assert ends[0] < len(items) - 2 * len(ends), "all were told at the end"
 
 
 def test_logprobs_follow_their_branches(restless: Ascii) -> None:

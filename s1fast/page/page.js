@@ -245,7 +245,7 @@ async function drawCurve(signal) {
   let samples = 0;
   const answers = budgets.map(() => []); // by budget: of each sample that is done there
   view.start(top, fields.num_ignore ?? 0);
-  $("curve-words").textContent = `Decoding ${count === 1 ? "one sample" : `${count} samples`} …`;
+  $("curve-words").textContent = `Decoding ${counted(count)} …`;
   plot(budgets, answers, 0);
   const one = async (sample) => {
     const texts = budgets.map(() => "");
@@ -263,11 +263,15 @@ async function drawCurve(signal) {
       }
     }
     samples += 1;
-    $("status").textContent = `${samples} of ${count} samples`;
+    $("status").textContent = `${samples} of ${counted(count)}`;
   };
   const all = Array.from({ length: count }, (_, sample) => one(sample));
   await Promise.all(all);
   return `done: ${count * budgets.length} answers from ${count} decode${count > 1 ? "s" : ""}`;
+}
+
+function counted(count) {
+  return count === 1 ? "1 sample" : `${count} samples`;
 }
 
 function plot(budgets, answers, now) {
@@ -277,9 +281,9 @@ function plot(budgets, answers, now) {
     high === low ? right : left + ((right - left) * (Math.log(Math.max(tokens, 1)) - low)) / (high - low);
   const y = (share) => lower - (lower - upper) * share;
   const expected = $("expected").value.trim();
-  const come = answers.map((each, i) => ({ b: budgets[i], each })).filter(({ each }) => each.length);
-  const wanted = expected || commonest(come.at(-1)?.each ?? []);
-  const points = come.map(({ b, each }) => {
+  const begun = answers.map((each, i) => ({ b: budgets[i], each })).filter(({ each }) => each.length);
+  const wanted = expected || commonest(begun.at(-1)?.each ?? []);
+  const points = begun.map(({ b, each }) => {
     const share = each.filter((text) => text === wanted).length / each.length;
     return { b, share, told: `${Math.round(100 * share)} %`, answer: commonest(each) };
   });
@@ -300,9 +304,9 @@ function plot(budgets, answers, now) {
     for (const { b, share } of points) {
       parts.push(shape("circle", { class: "dot", cx: x(b), cy: y(share), r: 4 }));
     }
-    const rule = expected ? "are right" : "agree with the commonest answer at the largest budget";
-    const most = Math.max(...answers.map((each) => each.length));
-    $("curve-words").textContent = `Share of ${most} samples that ${rule}.`;
+    const rule = expected ? "is right" : "agrees with the commonest answer at the largest budget";
+    const come = Math.max(...answers.map((each) => each.length));
+    $("curve-words").textContent = `Of ${counted(come)}, the share that ${rule}.`;
     const told = points.map(({ b, told }) => `${b}: ${told}`).join(", ");
     $("curve").setAttribute("aria-label", `Share of samples by budget. ${told}`);
     const rows = points.map(({ b, told, answer }) => {

@@ -41,6 +41,7 @@ from s1fast.automaton import Program
 from s1fast.bench import decode_peers
 from s1fast.bench.decode_setup import (
     FIRST_WORD,
+    OneOf,
     Setup,
     config_of,
     made_up_chat,
@@ -61,7 +62,6 @@ from s1fast.kv_cache import PAGE_SIZE
 from s1fast.matmul import Choice
 from s1fast.model import Model
 from s1fast.request import SamplingParams
-from s1fast.tensor_parallel import shard_config
 
 CASES = ("step", "intervention", "forced", "tree", "latency", "parallel", "peers")
 GREEDY = SamplingParams()
@@ -148,7 +148,7 @@ def step(s: Setup, batch: int, context: int, roof_gb_s: float) -> Values:
         for _ in range(TIMED_STEPS):
             s.loop.step()
     s.clear()
-    num_bytes = step_bytes(s.model.config, s.model.compute_dtype, batch, context)
+    num_bytes = step_bytes(s.model, batch, context)
     step_ms = wall_ms / TIMED_STEPS
     return {
         "step_ms": step_ms,
@@ -304,18 +304,25 @@ def latency(s: Setup, fraction: float) -> Values:
 
 
 def parallel(options: argparse.Namespace, results: Values) -> None:
-    """Steps of every number of ranks that the key-value heads divide by. The head is whole on each
-    rank, as tensor_parallel.py has it."""
+    """Steps of every number of ranks that the key-value heads divide by."""
     config = config_of(options.model)
     chat = made_up_chat(config.vocab_size)
     for ranks in (n for n in ALL_REDUCE_US if config.num_key_value_heads % n == 0):
-        model = random_model(shard_config(config, ranks, options.model), _device())
+        model = random_model(config, _device(), ranks)
         sum_us = ALL_REDUCE_US[ranks] if options.all_reduce_us is None else options.all_reduce_us
         sums_ms = 2 * config.num_hidden_layers * sum_us / 1e3
         rows = max(options.batch)
         positions = rows * (max(options.context) + 64)
         for choice in options.matmul:
-            s = setup(model, chat, max_rows=rows, positions=positions, choice=choice, reuse=True)
+            s = setup(
+                model,
+                chat,
+                max_rows=rows,
+                positions=positions,
+                choice=choice,
+                reuse=True,
+                ranks=OneOf(ranks),
+            )
             for batch, context in _pairs(options, results, s, f"{ranks} ranks"):
                 found = step(s, batch, context, results["read_gb_s"])
                 projected_ms = found["step_ms"] + sums_ms

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
 from s1fast.automaton import Program
 from s1fast.captured import Captured
@@ -26,6 +27,7 @@ from s1fast.model import Model, ModelConfig
 from s1fast.published import qwen
 from s1fast.request import Cell, Completion, SamplingParams
 from s1fast.row import Row
+from s1fast.tensor_parallel import Ranks, shard_model
 from s1fast.tree import trunk_first
 
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -49,11 +51,29 @@ def config_of(size: str) -> ModelConfig:
     )
 
 
-def random_model(config: ModelConfig, device: torch.device) -> Model:
-    """Weights drawn on the device: bf16 on a GPU, else fp32."""
+class OneOf(Ranks):
+    """One of `count` ranks, whose others do nothing and take no time."""
+
+    def __init__(self, count: int) -> None:
+        self.rank, self.count = 0, count
+
+    def sum_small(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        pass
+
+    def reduce(self, partial_TD: Tensor) -> Tensor:
+        return partial_TD
+
+    def join(self, part_TV: Tensor, vocab_size: int) -> Tensor:
+        return part_TV.repeat(1, vocab_size // part_TV.shape[1])
+
+
+def random_model(config: ModelConfig, device: torch.device, ranks: int = 1) -> Model:
+    """Weights drawn on the device, one rank's: bf16 on a GPU, else fp32."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = Model(config, compute_dtype=dtype)
+    if ranks > 1:
+        model = shard_model(config, ranks, "model", dtype)
     model.materialise(device, dtype).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
@@ -136,6 +156,7 @@ def setup(
     choice: Choice,
     speculate: int = 0,
     reuse: bool = False,
+    ranks: Ranks | None = None,
 ) -> Setup:
     """The loop over a cache of so many positions, or of what the device has room for."""
     device, dtype = model.embed.weight.device, model.compute_dtype
@@ -159,6 +180,7 @@ def setup(
         speculate=speculate,
         emit=lambda *_: None,
         fail=_fail,
+        ranks=ranks,
     )
     return Setup(model, chat, pages, cache, loop, loop.device)
 
@@ -183,11 +205,13 @@ def most_pages(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     return free // (position_bytes(config, dtype) * PAGE_SIZE)
 
 
-def step_bytes(config: ModelConfig, dtype: torch.dtype, batch: int, context: int) -> int:
+def step_bytes(model: Model, batch: int, context: int) -> int:
     """What a step must read: every matrix but the embedding once, keys and values once."""
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    weights = (config.num_weights - embedding) * dtype.itemsize
-    return weights + batch * context * position_bytes(config, dtype)
+    dtype = model.compute_dtype
+    weights = sum(p.numel() for p in model.parameters())
+    if model.head.weight is not None:
+        weights -= model.embed.weight.numel()
+    return weights * dtype.itemsize + batch * context * position_bytes(model.config, dtype)
 
 
 def random_ids(length: int, vocab_size: int, seed: int) -> list[int]:

@@ -43,7 +43,8 @@ class DecodeStep:
 
     Args:
         max_slots: of any step.
-        ranks: over which partial results are summed; those of the first hold the residual.
+        ranks: over which partial results are summed, those of the first holding the residual, and
+            logits joined.
     """
 
     def __init__(
@@ -86,9 +87,11 @@ class DecodeStep:
             )
             hidden_CD = self._after(layer, out_CHK, hidden_CD, slots.live)
         head = self.model.head
-        return self.matmul(
+        logits_CV = self.matmul(
             hidden_CD, self.model.head_weight, norm_K=head.norm, eps=head.eps, live=slots.live
         )
+        vocab_size = self.model.config.vocab_size
+        return logits_CV if self._ranks is None else self._ranks.join(logits_CV, vocab_size)
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Computes keys and values of tokens that lie in the rows already."""

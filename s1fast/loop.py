@@ -115,6 +115,8 @@ class Loop:
         self.stats.slots += len(step.token_C)
         self.stats.preemptions = self.scheduler.preemptions
         logits_BV = self.model.logits(hidden_CD[step.wanted])
+        if self._ranks is not None:
+            logits_BV = self._ranks.join(logits_BV, self.model.config.vocab_size)
         logits_BV[:, self.vocab_size :] = -math.inf
         likeliest = self._agreed(logits_BV.argmax(-1)).tolist() if len(logits_BV) else []
         at = 0

@@ -20,8 +20,10 @@ from s1fast.bench.decode_setup import (
     step_bytes,
 )
 from s1fast.bench.op import parse_shape
+from s1fast.model import Model
 from s1fast.published import qwen
 from s1fast.request import SamplingParams
+from s1fast.tensor_parallel import shard_model
 
 CPU = torch.device("cpu")
 
@@ -102,10 +104,17 @@ def test_rows_stand_at_their_context(small: Setup) -> None:
 
 
 def test_bytes_of_a_step() -> None:
-    """Of Qwen2.5-32B: all weights but the embedding table in bf16, and 256 KiB a position."""
-    weights = step_bytes(qwen("32B"), torch.bfloat16, 1, 0)
+    """Of Qwen2.5-32B: all weights but the embedding table in bf16, and 256 KiB a position; a rank
+    of eight reads an eighth of both."""
+    config = qwen("32B")
+    with torch.device("meta"):
+        whole = Model(config, compute_dtype=torch.bfloat16)
+    weights = step_bytes(whole, 1, 0)
     assert weights == pytest.approx(63.97e9, rel=1e-3)
-    assert step_bytes(qwen("32B"), torch.bfloat16, 2, 10) - weights == 20 * 256 * 1024
+    assert step_bytes(whole, 2, 10) - weights == 20 * 256 * 1024
+    part = shard_model(config, 8, "here", torch.bfloat16)
+    assert step_bytes(part, 1, 0) == pytest.approx(weights / 8, rel=1e-3)
+    assert step_bytes(part, 2, 10) - step_bytes(part, 1, 0) == 20 * 32 * 1024
 
 
 @pytest.mark.parametrize("shape", advance.OP.cpu_shapes)

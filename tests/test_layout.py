@@ -104,7 +104,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"rows"},
     "bench": {"automaton", "balance", "bench", "captured", "chat", "config", "decoder", "device"}
     | {"errors", "files", "kernels", "kv_cache", "matmul", "metrics", "model", "packing"}
-    | {"parallel", "plan", "planner", "published", "rates", "request", "row", "step", "tree"},
+    | {"parallel", "plan", "planner", "published", "rates", "request", "row", "step"}
+    | {"checkpoint", "graphs", "tensor_parallel", "tree"},
     "tasks": {"errors", "files", "hub", "rows"},
     "scaling": set(),
     "answers": {"budget", "chat", "decoder", "errors", "hub", "recipes", "request", "tasks"},

@@ -62,9 +62,16 @@ dist.destroy_process_group()
 """
 
 
-def test_two_ranks_equal_one(make_model: MakeModel, tmp_path: Path) -> None:
-    """Greedy, sampled, a tree, drafts, a cancellation; each rank holds half of every layer."""
-    writer = Ascii(make_model("qwen2", seed=3), end=1.8)
+@pytest.mark.parametrize(
+    ("tied", "vocab_size"), [(False, 512), (True, 512), (False, 511)], ids=["own", "tied", "odd"]
+)
+def test_two_ranks_equal_one(
+    make_model: MakeModel, tmp_path: Path, tied: bool, vocab_size: int
+) -> None:
+    """Greedy, sampled, a tree, drafts, a cancellation; each rank holds half of every layer, and of
+    the head where that divides."""
+    folder = make_model("qwen2", seed=3, tie_word_embeddings=tied, vocab_size=vocab_size)
+    writer = Ascii(folder, end=1.8)
     prompts, out = writer.prompts(3, 30, 11), tmp_path / "found.json"
     run_ranks(RANK, [str(writer.folder), json.dumps(prompts), str(out)])
     written = json.loads(out.read_text())
@@ -74,6 +81,9 @@ def test_two_ranks_equal_one(make_model: MakeModel, tmp_path: Path) -> None:
     assert sizes["layers.0.down_weight"] == [config.hidden_size, half]
     width = config.num_attention_heads // 2 * config.head_dim
     assert sizes["layers.0.o_weight"] == [config.hidden_size, width]
+    rows = vocab_size if vocab_size % 2 else vocab_size // 2
+    assert sizes["head.weight"] == [rows, config.hidden_size]
+    assert sizes["embed.weight"] == [vocab_size, config.hidden_size]
     budget, wanted = Budget(max_thinking_tokens=30, num_ignore=2), []
     given = [SamplingParams(max_tokens=45), SamplingParams(max_tokens=45, temperature=0.6, n=2)]
     for params in given:

@@ -102,7 +102,7 @@ class Ascii:
         chat = Chat.load(folder)
         self.end = {chat.marker_id("<|im_start|>"), chat.marker_id("<|im_end|>")}
         weights = load_file(folder / "model.safetensors")
-        head = weights["lm_head.weight"]
+        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
         for i in range(chat.vocab_size):
             if not chat.decode([i]).isascii():
                 head[i] = 0

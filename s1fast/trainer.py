@@ -98,11 +98,13 @@ def _train(config: TrainConfig, layout: Layout, console: Console) -> Path:
         else:
             load_weights(run.model, run.source)
     trainer = Trainer(config, run.model, run.examples, layout)
-    start = _resume(trainer, console)
     with ranks.together():
         if ranks.rank == 0:
             make_directory(config.output)
             remove_leftovers(config.output)
+    start = _resume(trainer, console)
+    with ranks.together():
+        if ranks.rank == 0:
             write_atomic(config.output / "config.toml", to_toml(config))
     _print_facts(trainer, run.num_dropped, console)
     _print_readings(readings, layout, console)

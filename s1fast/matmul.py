@@ -87,19 +87,14 @@ def prepare(choice: Choice, device: torch.device, weights: Mapping[str, Tensor])
             f"H200), and {torch.cuda.get_device_name(device)} has {_dotted(found)}; take "
             'matmul = "torch"'
         )
-    check_weights(weights)
-    made = Matmul("cuda", new_workspace(device))
-    torch.cuda.synchronize(device)  # weights are read ahead of the stream: see gemv
-    return made
-
-
-def check_weights(weights: Mapping[str, Tensor]) -> None:
-    """Raises an InputError that names the first weight which csrc cannot multiply, and why."""
     for name, weight_NK in weights.items():
         try:
             _check_rows(name, weight_NK)
         except ValueError as error:
             raise InputError(f'matmul = "cuda": {error}; or take matmul = "torch"') from None
+    made = Matmul("cuda", new_workspace(device))
+    torch.cuda.synchronize(device)  # weights are read ahead of the stream: see gemv
+    return made
 
 
 def new_workspace(device: torch.device) -> Tensor:

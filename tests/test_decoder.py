@@ -51,10 +51,10 @@ def test_greedy_on_real_weights_equals_transformers(smollm2: Path) -> None:
         "List the first twenty prime numbers and say why each of them is one.",
     ]
     prompts = [engine.chat.prompt_ids(question, think=False) for question in questions]
-    (alone,) = engine.generate(prompts[:1], SamplingParams(max_tokens=200))
-    assert alone.token_ids == theirs.generate(prompts[0], 200)
-    batched = engine.generate(questions, SamplingParams(max_tokens=30))
-    assert batched[0].token_ids == alone.token_ids[:30]
+    (alone,) = engine.generate(prompts[:1], SamplingParams(max_tokens=60))
+    assert alone.token_ids == theirs.generate(prompts[0], 60)
+    batched = engine.generate(questions, SamplingParams(max_tokens=20))
+    assert batched[0].token_ids == alone.token_ids[:20]
     for done, prompt in zip(batched, prompts, strict=True):
         assert done.prompt_ids == prompt
         assert done.token_ids == theirs.greedy_after_each(prompt, done.token_ids)

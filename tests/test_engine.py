@@ -403,7 +403,7 @@ def test_a_program_ends_with_its_main_thread(writer: Ascii) -> None:
 
 
 def test_soak(restless: Ascii) -> None:
-    soak(restless, 500, seed=1)
+    soak(restless, 300, seed=1)
 
 
 @pytest.mark.slow

@@ -87,6 +87,8 @@ def run(name: str, *, seed: int, output: Path, weights: Path) -> None:
 
 
 def _clear(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: {output} is a file; choose a folder")
     if output.exists() and any(output.iterdir()):
         if not (output / "init" / "config.json").exists():
             raise InputError(f"output: {output} holds other files; choose another folder")

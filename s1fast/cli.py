@@ -300,12 +300,12 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    kind, flags, _ = _split(arguments, "bench KIND [--key value ...]")
+    kind, flags, prog = _split(arguments, "bench kernels [--key value ...]")
     if kind not in ([], ["kernels"]):
         raise InputError(f"no bench {kind[0]!r}; there is kernels")
     from s1fast.bench.kernels import KernelsConfig, run
 
-    run(_parse(KernelsConfig, flags, "s1fast bench kernels"))
+    run(_parse(KernelsConfig, flags, prog))
 
 
 def _evaluate(arguments: list[str]) -> None:

@@ -69,8 +69,8 @@ def run(name: str, *, seed: int, output: Path, weights: Path) -> None:
     plot(points, task, path)
     console.print(
         f"scaling curve: {path}\nThe early stop comes from the training traces: after a round of "
-        "three steps, stopping\nis their likeliest next word. A forced Wait makes the model go on "
-        "where it stopped:\nit continues its work, it does not repair it."
+        "three steps, stopping is their likeliest next word. A forced Wait makes the model go on "
+        "where it stopped: it continues its work, it does not repair it."
     )
     console.rule("Act two: real weights, SmolLM2-135M-Instruct")
     if (weights / "config.json").exists():
@@ -87,6 +87,8 @@ def run(name: str, *, seed: int, output: Path, weights: Path) -> None:
 
 
 def _clear(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: {output} is a file; choose a folder")
     if output.exists() and any(output.iterdir()):
         if not (output / "init" / "config.json").exists():
             raise InputError(f"output: {output} holds other files; choose another folder")
@@ -115,22 +117,25 @@ def learn(task: Task, seed: int, output: Path, console: Console) -> tuple[Path, 
 
 
 def measure(engine: Engine, task: Task, problems: Sequence[Any]) -> list[Point]:
-    """Accuracy with thinking cut, left alone, and extended by 1 to MOST_WAITS Waits."""
-    settings: list[tuple[str, int, Budget]] = [
-        (f"cut at {b} tokens", 0, Budget(max_thinking_tokens=b)) for b in task.budgets
-    ]
-    settings.append(("natural stop", 0, Budget(max_thinking_tokens="auto")))
-    for n in range(1, MOST_WAITS + 1):
-        label = f"{n} x Wait"
-        settings.append((label, n, Budget(max_thinking_tokens="auto", num_ignore=n)))
+    """Accuracy with thinking cut, left alone, and extended by 1 to MOST_WAITS Waits: two budget
+    trees a problem."""
+    questions = [task.question(p) for p in problems]
+    auto = Budget(max_thinking_tokens="auto")
+    maxima: list[Any] = [*task.budgets, "auto"]
+    waits = list(range(1, MOST_WAITS + 1))
+    cut = engine.generate(questions, budget=auto, budgets=maxima)
+    extended = engine.generate(questions, budget=auto, num_ignores=waits)
+    settings = [(f"cut at {b} tokens", 0) for b in task.budgets] + [("natural stop", 0)]
+    settings += [(f"{n} x Wait", n) for n in waits]
+    runs = [cut[i :: len(maxima)] for i in range(len(maxima))]
+    runs += [extended[i :: len(waits)] for i in range(len(waits))]
     points = []
-    for label, waits, budget in settings:
-        done = engine.generate([task.question(p) for p in problems], SamplingParams(), budget)
+    for (label, n), done in zip(settings, runs, strict=True):
         right = sum(
             final_answer(c) == task.solution(p) for c, p in zip(done, problems, strict=True)
         )
         mean = sum(c.thinking_tokens for c in done) / len(done)
-        points.append(Point(label, waits, mean, right / len(done)))
+        points.append(Point(label, n, mean, right / len(done)))
     return points
 
 

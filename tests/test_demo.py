@@ -90,6 +90,8 @@ def test_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="holds other files"):
         demo.run("map", seed=0, output=tmp_path, weights=tmp_path)
+    with pytest.raises(InputError, match=r"thesis.tex is a file"):
+        demo.run("map", seed=0, output=tmp_path / "thesis.tex", weights=tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 

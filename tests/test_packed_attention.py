@@ -777,19 +777,6 @@ def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
         attention.check_backend("triton", *heads)
 
 
-def test_gluon_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    heads = (torch.device("cuda"), torch.bfloat16, 64)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match="'gluon' is for Hopper, not for an A100; choose 'triton'"):
-        attention.check_backend("gluon", *heads)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    attention.check_backend("gluon", *heads)
-    monkeypatch.setattr(attention, "gluon", None)
-    with pytest.raises(ValueError, match=r"'gluon' needs Triton 3\.6 or newer; or choose"):
-        attention.check_backend("gluon", *heads)
-
-
 def test_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours on a GPU where it takes the heads; on a CPU not even where it is interpreted."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")

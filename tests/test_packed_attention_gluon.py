@@ -216,3 +216,17 @@ def test_who_waits_for_ever_is_told(count: int) -> None:
     with pytest.raises(AssertionError, match="an arrival too many"):
         barrier.arrive(3)
     assert threading.active_count() == threads
+
+
+def test_gluon_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real check
+    heads = (torch.device("cuda"), torch.bfloat16, 64)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match="'gluon' is for Hopper, not for an A100; choose 'triton'"):
+        attention.check_backend("gluon", *heads)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attention.check_backend("gluon", *heads)
+    monkeypatch.setattr(attention, "gluon", None)
+    with pytest.raises(ValueError, match=r"'gluon' needs Triton 3\.6 or newer; or choose"):
+        attention.check_backend("gluon", *heads)

@@ -314,15 +314,8 @@ def parallel(options: argparse.Namespace, results: Values) -> None:
         rows = max(options.batch)
         positions = rows * (max(options.context) + 64)
         for choice in options.matmul:
-            s = setup(
-                model,
-                chat,
-                max_rows=rows,
-                positions=positions,
-                choice=choice,
-                reuse=True,
-                ranks=OneOf(ranks),
-            )
+            sizes = {"max_rows": rows, "positions": positions, "ranks": OneOf(ranks)}
+            s = setup(model, chat, choice=choice, reuse=True, **sizes)
             for batch, context in _pairs(options, results, s, f"{ranks} ranks"):
                 found = step(s, batch, context, results["read_gb_s"])
                 projected_ms = found["step_ms"] + sums_ms

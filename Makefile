@@ -33,7 +33,7 @@ test: weights
 test-slow: weights
 	$(PYTEST) -q -m "slow and not gpu" --durations=20
 
-# Breaks the kernels in one place after another: some test must fail each time. A quarter of an hour.
+# Breaks the kernels in one place after another: some test must fail each time. 40 minutes.
 mutate: $(VENV)/.ready
 	$(BIN)/python tests/mutation_check.py
 

@@ -158,8 +158,8 @@ def compile_program(
         longest = len(thinking) + limit - len(forced) - ANSWER_ROOM
         if longest < 0:
             raise InputError(
-                f"max_thinking_tokens 'auto': {where} cannot hold the end of thinking and an "
-                f"answer, {len(forced) + ANSWER_ROOM} tokens; give more, or a number"
+                f"max_thinking_tokens 'auto': {where} leaves none beside the end of thinking and "
+                f"an answer, {len(forced) + ANSWER_ROOM} tokens; give more, or a number"
             )
     _check_room(budget, longest, len(thinking), limit, len(newline) + len(forced), where)
     ignore_ids = tuple(tuple(chat.encode(text)) for text in budget.ignore_texts)

@@ -458,7 +458,7 @@ LIMITED = "--max-thinking-tokens none --min-thinking-tokens 40"
         (f"{HARNESS} none", "'harness' needs max_thinking_tokens"),
         (f"{HARNESS} 9 --num-ignore 1 --min-thinking-tokens 2", "min_thinking_tokens 2 with num_i"),
         ("--max-thinking-tokens 50 --max-tokens 20", "max_tokens 20 cannot hold max_thinking"),
-        ("--max-tokens 30", "max_thinking_tokens 'auto': max_tokens 30 cannot hold"),
+        ("--max-tokens 30", "max_thinking_tokens 'auto': max_tokens 30 leaves none"),
         (f"{LIMITED} --max-tokens 30", "min_thinking_tokens 40 is above max_tokens 30"),
         ("--max-tokens 0", "max_tokens must be at least 1"),
         ("--max-tokens 5000", "pass the model's context of 1024"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine_checks import BUDGETS, check_same, eventually_idle, run_ranks, soak
+from engine_checks import BUDGETS, check_same, eventually_idle, soak
 from no_waiting import READERS, SEARCHERS, NoWaiting, WaitError
 from s1fast import captured
 from s1fast.budget import Budget
@@ -20,7 +19,7 @@ from s1fast.decoder import Engine, SamplingParams
 from s1fast.errors import InputError
 from s1fast.handle import Cancelled
 from s1fast.kv_cache import PAGE_SIZE
-from s1fast.request import Completion, Piece, Request, cost
+from s1fast.request import Completion, Request, cost
 from s1fast.row import Row
 from writers import BF16_TIE, Ascii, check_equal, prompts_of, sampled
 
@@ -517,57 +516,3 @@ def _forbidden(inside: list[str], method: Callable[..., Any], name: str) -> Call
         return method(x, *arguments, **options)
 
     return read
-
-
-# -- ranks -------------------------------------------------------------------------------------
-
-RANK = """
-import json, sys, dataclasses, torch, torch.distributed as dist
-from s1fast import Budget, Engine, Ranks, SamplingParams
-from s1fast.request import Request
-folder, prompts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-engine = Engine(folder, ranks=Ranks(), speculate=2, cache_tokens=600, loop="device")
-if dist.get_rank():
-    engine.follow()
-    assert engine.pages.held == 0 and engine.stats.steps > 50
-    dist.destroy_process_group()
-    sys.exit()
-found = []
-for params in (SamplingParams(max_tokens=45), SamplingParams(max_tokens=45, temperature=0.6, n=2)):
-    found += engine.generate(prompts, params, Budget(max_thinking_tokens=30, num_ignore=2))
-axes = {"budgets": [7, 30], "num_ignores": [0, 2, None]}
-found += engine.generate(prompts, SamplingParams(max_tokens=45), Budget(), **axes)
-handle = engine.submit(Request(prompt=prompts[0], params=SamplingParams(max_tokens=400)))
-next(iter(handle))
-handle.cancel()
-engine.close()
-assert engine.pages.held == 0
-with open(out, "w") as file:
-    json.dump([dataclasses.asdict(c) for c in found], file)
-dist.destroy_process_group()
-"""
-
-
-def test_two_ranks(restless: Ascii, tmp_path: Path) -> None:
-    """Each is ahead of its own device, and both decide the same."""
-    prompts, out = restless.prompts(3, 30, 11), tmp_path / "found.json"
-    run_ranks(RANK, [str(restless.folder), json.dumps(prompts), str(out)])
-    budget, wanted = Budget(max_thinking_tokens=30, num_ignore=2), []
-    for params in (
-        SamplingParams(max_tokens=45),
-        SamplingParams(max_tokens=45, temperature=0.6, n=2),
-    ):
-        done = restless.engine.generate(prompts, params, budget)
-        wanted += [(params, c) for c in done]
-    axes: dict[str, Any] = {"budgets": [7, 30], "num_ignores": [0, 2, None]}
-    params = SamplingParams(max_tokens=45)
-    tree = restless.engine.generate(prompts, params, Budget(), **axes)
-    wanted += [(params, c) for c in tree]
-    equal = 0
-    for (params, one), values in zip(wanted, json.loads(out.read_text()), strict=True):
-        pieces = [Piece(**p | {"ids": tuple(p["ids"])}) for p in values["pieces"]]
-        two = Completion(**values | {"pieces": pieces, "budget": one.budget})
-        equal += check_equal(restless, one, two, params)
-    assert equal >= 0.9 * len(wanted)

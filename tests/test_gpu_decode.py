@@ -25,6 +25,7 @@ from test_captured import (  # noqa: F401  (collected here)
     test_chunks_of_prompts,
     test_delimiters_of_several_ids,
     test_every_kind_of_request,
+    test_extremes_of_sampling,
     test_logprobs_and_their_neighbours,
     test_more_rows_than_places,
     test_preemption,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ from s1fast.errors import InputError
 folder, prompts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-engine = Engine(folder, ranks=Ranks(), speculate=2, cache_tokens=1200)
+engine = Engine(folder, ranks=Ranks(), speculate=2, cache_tokens=1200, loop=sys.argv[4])
 sizes = {name: list(p.shape) for name, p in engine.model.named_parameters()}
 if dist.get_rank():
     try:
@@ -42,7 +43,7 @@ found = []
 for params in (SamplingParams(max_tokens=45), SamplingParams(max_tokens=45, temperature=0.6, n=2)):
     found += engine.generate(prompts, params, Budget(max_thinking_tokens=30, num_ignore=2))
 found += engine.generate(
-    prompts, SamplingParams(max_tokens=45), Budget(), budgets=[7, 30], num_ignores=[0, 2]
+    prompts, SamplingParams(max_tokens=45), Budget(), budgets=[7, 30], num_ignores=[0, 2, None]
 )
 handle = engine.submit(Request(prompt=prompts[0], params=SamplingParams(max_tokens=900)))
 next(iter(handle))
@@ -63,17 +64,19 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("tied", "vocab_size"), [(False, 512), (True, 512), (False, 511)], ids=["own", "tied", "odd"]
+    ("loop", "tied", "vocab_size"),
+    [("host", False, 512), ("device", False, 512), ("device", True, 512), ("host", False, 511)],
+    ids=["host", "device", "tied", "odd"],
 )
 def test_two_ranks_equal_one(
-    make_model: MakeModel, tmp_path: Path, tied: bool, vocab_size: int
+    make_model: MakeModel, tmp_path: Path, loop: str, tied: bool, vocab_size: int
 ) -> None:
     """Greedy, sampled, a tree, drafts, a cancellation; each rank holds half of every layer, and of
-    the head where that divides."""
+    the head where that divides, and is ahead of its own device."""
     folder = make_model("qwen2", seed=3, tie_word_embeddings=tied, vocab_size=vocab_size)
     writer = Ascii(folder, end=1.8)
     prompts, out = writer.prompts(3, 30, 11), tmp_path / "found.json"
-    run_ranks(RANK, [str(writer.folder), json.dumps(prompts), str(out)])
+    run_ranks(RANK, [str(writer.folder), json.dumps(prompts), str(out), loop])
     written = json.loads(out.read_text())
     config = read_config(writer.folder)
     sizes, half = written["sizes"], config.intermediate_size // 2
@@ -88,7 +91,7 @@ def test_two_ranks_equal_one(
     given = [SamplingParams(max_tokens=45), SamplingParams(max_tokens=45, temperature=0.6, n=2)]
     for params in given:
         wanted += [(params, c) for c in writer.engine.generate(prompts, params, budget)]
-    axes = {"budgets": [7, 30], "num_ignores": [0, 2]}
+    axes: dict[str, Any] = {"budgets": [7, 30], "num_ignores": [0, 2, None]}
     tree = writer.engine.generate(prompts, given[0], Budget(), **axes)
     wanted += [(given[0], c) for c in tree]
     assert len(written["found"]) == len(wanted)

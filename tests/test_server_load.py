@@ -107,9 +107,12 @@ def check_memory(server: Process, waves: int) -> None:
     for seed in range(2):
         check_wave(server, wave(server, CLIENTS, 60, seed), 60)
     before = server.resident_bytes
+    later = []
     for seed in range(2, 2 + waves):
         check_wave(server, wave(server, CLIENTS, 60, seed), 60)
-    assert server.resident_bytes - before < 6e6, "more than an allocator's fragments"
+        later.append(server.resident_bytes)
+    least = min(later[len(later) // 2 - 1 :])  # it goes up and down by some MB
+    assert least - before < 6e6, "more than an allocator's fragments"
     assert statuses(server) == {200, 499}
 
 

@@ -246,8 +246,8 @@ def _generate(arguments: list[str]) -> None:
     given, flags, prog = _split(arguments, "generate MODEL --prompt TEXT")
     config = _parse(GenerateConfig, flags, prog, flat=True)
     limit = _maximum("--max-thinking-tokens", config.max_thinking_tokens)
-    budgets = [_maximum("--budgets", x) for x in config.budgets.split(",") if x] or None
-    ignores = [_maximum("--num-ignores", x) for x in config.num_ignores.split(",") if x] or None
+    budgets = _maxima("--budgets", config.budgets)
+    ignores = _maxima("--num-ignores", config.num_ignores)
     if config.no_thinking and (budgets or ignores):
         raise InputError("--no-thinking: without thinking there is no --budgets or --num-ignores")
     from s1fast.budget import Budget
@@ -280,6 +280,11 @@ def _maximum(flag: str, text: str) -> Any:
     except ValueError:
         words = "nor none" if flag == "--num-ignores" else "nor auto, nor none"
         raise InputError(f"{flag}: {text!r} is no count, {words}") from None
+
+
+def _maxima(flag: str, text: str) -> list[Any] | None:
+    """Several of them; None where the flag was not given."""
+    return [_maximum(flag, part) for part in text.split(",")] if text else None
 
 
 def _serve(arguments: list[str]) -> None:

@@ -297,6 +297,11 @@ class Engine:
             for handle in handles:
                 handle.cancel()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: no more once a device or a rank is lost."""
+        return self._lost is None
+
     def _submit_all(self, requests: Sequence[Request], streaming: bool = False) -> list[Handle]:
         """All of them or, where one cannot be honoured, none."""
         if self._ranks is not None and self._ranks.rank:

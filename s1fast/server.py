@@ -101,7 +101,11 @@ def make_app(engine: Engine, model: str, config: ServeConfig, keys: list[str]) -
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    same = {"/health": Response()}
+    async def health(_: Http) -> Response:
+        return Response(status_code=200 if engine.alive else 503)
+
+    app.router.routes.append(Route("/health", health, methods=["GET"]))
+    same = {}
     for path, kind in PAGE_FILES.items():
         text = (PAGE / (path[1:] or "index.html")).read_bytes()
         same[path] = Response(text, media_type=kind, headers=PAGE_HEADERS)

@@ -107,6 +107,8 @@ def test_drafts_and_logprobs_by_flag(say: Say) -> None:
     ("flags", "naming"),
     [
         ("--budgets 5,x", "--budgets: 'x' is no count, nor auto, nor none"),
+        ("--budgets 5,", "--budgets: '' is no count, nor auto, nor none"),
+        ("--num-ignores ,", "--num-ignores: '' is no count, nor none"),
         ("--budgets 5,-1", "max_thinking_tokens must be a count, 'auto' or None, got -1"),
         ("--num-ignores auto", "--num-ignores: 'auto' is no count, nor none"),
         ("--budgets 5 --no-thinking", "--no-thinking: without thinking"),

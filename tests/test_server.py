@@ -281,6 +281,21 @@ def test_models_health_and_what_is_not_there(served: InProcess) -> None:
         assert answer.status == status and answer.json["error"]["type"]
 
 
+def test_a_lost_engine_is_not_healthy(restless: Ascii, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(restless.folder)
+    with in_process(engine) as served:
+        for name in ("step", "clear"):
+            monkeypatch.setattr(engine._loop, name, lambda: 1 / 0)
+        assert served.get("/health").status == 200
+        assert (
+            served.post(
+                CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+            ).status
+            == 500
+        )
+        assert served.get("/health").status == 503
+
+
 def test_metrics_count_what_was_done(restless: Ascii) -> None:
     engine = Engine(restless.folder)
     with in_process(engine) as server:

@@ -142,7 +142,8 @@ class Engine:
         config = self.model.config
         if self.chat.vocab_size > config.vocab_size:
             raise InputError(f"{folder}: tokenizer.json has more ids than config.json's vocab_size")
-        self.context, self._ranks, self._preempt = config.max_position_embeddings, ranks, preempt
+        self.max_batch, self.context = max_batch, config.max_position_embeddings
+        self._ranks, self._preempt = ranks, preempt
         count = num_pages(config, kind, self.device, max_batch, cache_tokens)
         self.pages = Pages(count, reuse=reuse_prompts)
         arguments: dict[str, Any] = {

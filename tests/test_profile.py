@@ -166,7 +166,9 @@ def test_kernels_by_name(kind: str, names: list[str]) -> None:
 
 def test_our_own_kernels_by_name() -> None:
     """Every one that kernels/ launches; a new file's kernels are others unless it is named here."""
-    kinds = dict.fromkeys(("packed_attention_triton", "packed_attention_backward"), "attention")
+    kinds = dict.fromkeys(
+        (f"packed_attention_{part}" for part in ("triton", "gluon", "backward")), "attention"
+    )
     kinds |= dict.fromkeys(("softmax_gradient", "linear_cross_entropy"), "loss")
     found = 0
     for path in (ROOT / "kernels").glob("*.py"):

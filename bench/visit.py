@@ -80,6 +80,15 @@ def table(workers: int) -> tuple[Item, ...]:
         Item("tests never passed", 90, f"{TESTS} {' '.join(FIRST)}"),
         Item("tests", 270, f"{TESTS} {f'-n {workers}' if workers > 1 else ''} {rest}"),
         Item(
+            "tests of Gluon", 30, f"{TESTS} tests/test_gpu_packed_attention.py -k 'gluon and edges'"
+        ),
+        Item(
+            "kernels Gluon",
+            60,
+            f"{KERNELS} --shape S4700xB16xragged S4300xB8xH5xN1xragged S4700xB16xK64xragged "
+            "--peers Gluon 'torch varlen' flash-attn",
+        ),
+        Item(
             "decode step",
             120,
             f"{DECODE} --only step --batch 1 8 64 --context 1024 8192 --matmul torch cuda",
@@ -104,7 +113,7 @@ def table(workers: int) -> tuple[Item, ...]:
             "kernels attention",
             120,
             f"{KERNELS} --shape S1024xB64 S2048xB32 S4096xB16 S8192xB8 S16384xB4 S32768xB2 "
-            "--peers 'torch varlen' cuDNN flash-attn",
+            "--peers Gluon 'torch varlen' cuDNN flash-attn",
         ),
         Item("kernels loss", 120, f"{KERNELS} --shape T4700 T4700xpeaked T32768"),
         Item("single_gpu_sft", 90, f"{SFT} --only"),

@@ -13,7 +13,7 @@
   same by a client that appends "Wait" and asks again, its prompt's pages taken over.
 * parallel: a step under tensor parallelism of 2, 4 and 8, projected from one GPU: what a rank does
   between its sums over ranks is measured, on a model of a rank's shape; to it come the 2 L sums, by
-  a published time. Not measured: ranks that wait for each other.
+  a published time. Not in it: logits gathered, ranks that wait for each other.
 * peers: a step of a plain torch loop in a graph, and of transformers' static cache, compiled, which
   takes minutes and so runs at the first batch and context alone.
 
